@@ -1,0 +1,241 @@
+"""The only file that imports torch.distributed: start and end of the process group, rank facts, gathers, sums.
+
+Every function works without a process group as well (one process, world size 1), so callers never ask. A function
+marked "# all ranks" is a collective: every rank has to call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as td
+
+T = TypeVar("T")
+
+# torch 2.14 renamed these two; 2.11 has the old names only.
+_all_gather_into = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
+_reduce_scatter_into = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
+
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """Facts about this process. `local_rank` picks the CUDA device and serves for nothing else."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+class UserError(Exception):
+    """A mistake of the user's that every rank knows of; ends every rank with exit code 2."""
+
+
+def read_environment(env: dict[str, str]) -> tuple[int, int, int]:
+    """(rank, local_rank, world_size) from torchrun's variables; (0, 0, 1) when none is set.
+
+    Raises ValueError when only some of them are set or one is no number: guessing would start a wrong world.
+    """
+    # MASTER_ADDR and MASTER_PORT alone are harmless (login shells set them); the three numbers say that we were launched.
+    present = [name for name in ENVIRONMENT[:3] if name in env]
+    if not present:
+        return 0, 0, 1
+    missing = [name for name in ENVIRONMENT if name not in env]
+    if missing:
+        raise ValueError(
+            f"environment: {', '.join(present)} set but {', '.join(missing)} missing; "
+            "start with torchrun (sets all five) or unset them all"
+        )
+    try:
+        rank, local_rank, world_size = (int(env[name]) for name in ENVIRONMENT[:3])
+    except ValueError:
+        values = ", ".join(f"{name}={env[name]!r}" for name in ENVIRONMENT[:3])
+        raise ValueError(f"environment: {values}; expected three integers") from None
+    if not 0 <= rank < world_size:
+        raise ValueError(f"environment: RANK={rank} with WORLD_SIZE={world_size}; expected 0 <= RANK < WORLD_SIZE")
+    return rank, local_rank, world_size
+
+
+def init(timeout_s: float = 600.0) -> World:  # all ranks
+    """Starts the process group if torchrun started us; picks this process's device.
+
+    timeout_s: seconds after which a collective that a peer does not join becomes an error.
+    """
+    rank, local_rank, world_size = read_environment(dict(os.environ))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"environment: LOCAL_RANK={local_rank} but this node has {torch.cuda.device_count()} GPUs; "
+                "expected --nproc_per_node at most the number of GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    if "RANK" in os.environ:
+        td.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    return World(rank, local_rank, world_size, device)
+
+
+def shutdown() -> None:
+    """Ends the process group if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def barrier() -> None:  # all ranks
+    if world_size() > 1:
+        td.barrier()
+
+
+def gather_objects(value: T) -> list[T]:  # all ranks
+    """Every rank's value, in rank order. For a few small Python objects at start; tensors have `all_gather_rows`."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    td.all_gather_object(values, value)
+    return values
+
+
+def agreed(step: Callable[..., T], *args: Any, **kwargs: Any) -> T:  # all ranks
+    """step(*args) on every rank; if it failed on any rank with a user's error, all ranks end together.
+
+    Without the agreement the first rank to exit makes torchrun kill the others before they have said why, or the
+    others wait for it in the next collective. An error that rank 0 has is printed by rank 0 alone; a rank whose
+    message differs from rank 0's prints its own.
+    """
+    result, message = None, None
+    try:
+        result = step(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        message = str(error) or repr(error)
+    messages = gather_objects(message)
+    if any(m is not None for m in messages):
+        r = rank()
+        if message is not None and (r == 0 or message != messages[0]):
+            print_error(message, f"rank {r}: " if r > 0 else "")
+        barrier()
+        raise UserError
+    return result  # type: ignore[return-value]
+
+
+def print_error(message: str, prefix: str = "") -> None:
+    """One line per error on stderr, written in one go so that ranks do not mix."""
+    sys.stderr.write("".join(f"reid_dist: error: {prefix}{line}\n" for line in message.splitlines()))
+    sys.stderr.flush()
+
+
+def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoReturn:
+    """Runs main(world) between start and end of the process group; exits 0, or 2 after a user's error.
+
+    Any other exception keeps its traceback (torchrun shows it) and exit code 1.
+    """
+    try:
+        world = init(timeout_s)
+    except ValueError as error:
+        print_error(str(error))
+        sys.exit(2)
+    try:
+        main(world)
+    except UserError:
+        code = 2
+    except (ValueError, OSError) as error:
+        # One rank's own error in mid-run: the others are ended by torchrun or by the group's timeout.
+        print_error(str(error) or repr(error), f"rank {world.rank}: " if world.world_size > 1 else "")
+        sys.stdout.flush()
+        os._exit(2)
+    else:
+        code = 0
+    shutdown()
+    sys.exit(code)
+
+
+class _GatherRows(torch.autograd.Function):
+    """all_gather forward, sum over ranks backward. The exact adjoint: each rank's rows entered every rank's loss."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        out = rows.new_empty((rows.shape[0] * world_size(), *rows.shape[1:]))
+        _all_gather_into(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        grad = grads[0].contiguous()
+        mine = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        _reduce_scatter_into(mine, grad, op=td.ReduceOp.SUM)
+        return mine
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:  # all ranks
+    """The one differentiable gather: (B, ...) on each rank -> (W * B, ...) in rank order; B equal on all ranks.
+
+    The backward sums the gradients of all ranks and applies no factor: with local anchors against gathered
+    references and plain means, DDP's mean over ranks makes the exact gradient of the global loss.
+    """
+    if world_size() == 1:
+        return rows
+    return _GatherRows.apply(rows)
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:  # all ranks
+    """(n_r, ...) on rank r -> (sum n_r, ...) in rank order, not differentiable; the n_r may differ, zero included."""
+    if world_size() == 1:
+        return rows
+    sizes = all_gather_sizes(rows.shape[0])
+    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    out = rows.new_empty((world_size() * max(sizes), *rows.shape[1:]))
+    _all_gather_into(out, padded)
+    return torch.cat([out[r * max(sizes) : r * max(sizes) + n] for r, n in enumerate(sizes)])
+
+
+def all_gather_sizes(size: int) -> list[int]:  # all ranks
+    """Every rank's `size`, in rank order."""
+    if world_size() == 1:
+        return [size]
+    mine = torch.tensor([size], dtype=torch.int64, device=collective_device())
+    out = mine.new_empty(world_size())
+    _all_gather_into(out, mine)
+    return out.tolist()
+
+
+def collective_device() -> torch.device:
+    """Where small tensors of ours have to lie for a collective: gloo takes CPU tensors, NCCL this rank's GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:  # all ranks
+    """Sum over ranks, in place; returns the tensor. Means are never reduced, only sums and counts."""
+    if world_size() > 1:
+        td.all_reduce(tensor, op=td.ReduceOp.SUM)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, src: int) -> torch.Tensor:  # all ranks
+    """Rank src's values into every rank's tensor (same shape and dtype), in place; returns the tensor."""
+    if world_size() > 1:
+        td.broadcast(tensor, src=src)
+    return tensor
