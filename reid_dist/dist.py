@@ -6,6 +6,7 @@ marked "# all ranks" is a collective: every rank has to call it, in the same ord
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -141,6 +142,16 @@ def agreed(step: Callable[..., T], *args: Any, **kwargs: Any) -> T:  # all ranks
     return result  # type: ignore[return-value]
 
 
+def fail(message: str) -> NoReturn:  # all ranks
+    """Ends all ranks with exit code 2 over an error that all have found alike; rank 0 prints it."""
+    agreed(_raise, message)
+    raise AssertionError
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
 def print_error(message: str, prefix: str = "") -> None:
     """One line per error on stderr, written in one go so that ranks do not mix."""
     sys.stderr.write("".join(f"reid_dist: error: {prefix}{line}\n" for line in message.splitlines()))
@@ -238,4 +249,56 @@ def broadcast(tensor: torch.Tensor, src: int) -> torch.Tensor:  # all ranks
     """Rank src's values into every rank's tensor (same shape and dtype), in place; returns the tensor."""
     if world_size() > 1:
         td.broadcast(tensor, src=src)
+    return tensor
+
+
+def average_(tensors: list[torch.Tensor]) -> None:  # all ranks
+    """Means over ranks, in place, of float tensors of one dtype, by a single all-reduce.
+
+    For values of which every rank has seen an equal share (batch norm's running statistics).
+    """
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    td.all_reduce(flat, op=td.ReduceOp.SUM)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:  # all ranks
+    """DistributedDataParallel that means over ranks gradients and nothing else; the model itself at world size 1.
+
+    Buffers are not broadcast: rank 0's batch norm statistics are not the global batch's (`average_` makes those).
+    """
+    if world_size() == 1:
+        return model
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # torch 2.14 renamed the switch; 2.11 has the old name only.
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    switch: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    device_ids = [device] if device.type == "cuda" else None
+    return ddp(model, device_ids=device_ids, gradient_as_bucket_view=True, **switch)
+
+
+_subgroups: dict[int, list[td.ProcessGroup]] = {}
+
+
+def consecutive_ranks(size: int) -> td.ProcessGroup | None:  # all ranks
+    """The process group of the `size` consecutive ranks that this rank is among; None when that is this rank alone.
+
+    Groups are made once per size and kept: making one is a collective over all ranks.
+    """
+    if size == 1:
+        return None
+    if size not in _subgroups:
+        starts = range(0, world_size(), size)
+        _subgroups[size] = [td.new_group(list(range(start, start + size))) for start in starts]
+    return _subgroups[size][rank() // size]
+
+
+def group_sum(tensor: torch.Tensor, group: td.ProcessGroup | None) -> torch.Tensor:  # all ranks of the group
+    """Sum over a group's ranks, in place; returns the tensor. Group None is this rank alone."""
+    if group is not None:
+        td.all_reduce(tensor, op=td.ReduceOp.SUM, group=group)
     return tensor

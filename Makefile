@@ -1,0 +1,33 @@
+# make demo, make test, make lint: each sets up .venv first where it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test lint format clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m reid_dist.data.synthetic --out $(DEMO)/data --ids 64 --cams 4 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 -m reid_dist.train \
+	    --cfg configs/demo.yaml --root $(DEMO)/data --output $(DEMO)/runs
+	@echo "report: $(CURDIR)/$(DEMO)/runs/market1501/demo (ranked_lists.png, metrics.jsonl, result.json)"
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(DEMO)

@@ -1,0 +1,350 @@
+"""Every configuration key with its default and meaning; reading and checking of YAML files and KEY VALUE pairs.
+
+The keys of Simple-ReID keep their names, defaults and meanings, so its YAML files load unchanged. A config defines the
+mathematics of a run; world size, hardware and launcher are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+_C = CfgNode()
+
+_C.DATA = CfgNode()
+_C.DATA.ROOT = ""  # folder that holds the data set (or is it)
+_C.DATA.DATASET = "market1501"  # a name of reid_dist.data.index.DATASETS
+_C.DATA.SPLIT_ID = 0  # CUHK03: which of the classic splits
+_C.DATA.CUHK03_LABELED = False  # CUHK03: hand-drawn boxes instead of detected ones
+_C.DATA.CUHK03_CLASSIC_SPLIT = False  # CUHK03: the 20 classic splits instead of the new protocol
+_C.DATA.NUM_WORKERS = 4  # threads (dali) or processes (torch) that prepare images, per rank
+_C.DATA.HEIGHT = 256  # pixels
+_C.DATA.WIDTH = 128  # pixels
+_C.DATA.TRAIN_BATCH = 64  # images of the global batch, over all ranks
+_C.DATA.TEST_BATCH = 512  # images per rank at test
+_C.DATA.NUM_INSTANCES = 4  # K: images of an identity in a batch
+_C.DATA.SAMPLER = "chunk"  # chunk: the original's chunks of K; identity: P distinct identities x K in every batch
+_C.DATA.PIPELINE = "auto"  # dali | torch (PIL in worker processes) | auto: dali where it can be imported
+_C.DATA.DECODE_DEVICE = "auto"  # where DALI decodes: cpu | gpu | auto: the device that trains
+
+_C.AUG = CfgNode()
+_C.AUG.RC_PROB = 0.5  # probability of the random crop from 1.125 times the size
+_C.AUG.RE_PROB = 0.5  # probability of random erasing
+
+_C.MODEL = CfgNode()
+_C.MODEL.NAME = "resnet50"  # a name of reid_dist.models.MODELS, or timm/<name>
+_C.MODEL.RES4_STRIDE = 1  # stride of ResNet's last stage: 1 or 2
+_C.MODEL.FEATURE_DIM = 2048  # width of the feature; must equal the network's
+_C.MODEL.RESUME = ""  # like --resume: auto, or a checkpoint
+_C.MODEL.PRETRAINED = "imagenet"  # '' (random), imagenet, or a file of backbone weights
+_C.MODEL.BN_GROUP = 32  # batch norm statistics over so many consecutive images of the global batch; 0: all of them
+
+_C.LOSS = CfgNode()
+_C.LOSS.CLA_LOSS = "crossentropy"  # crossentropy | crossentropylabelsmooth | arcface | cosface | circle
+_C.LOSS.CLA_S = 16.0  # scale of arcface, cosface, circle
+_C.LOSS.CLA_M = 0.0  # margin of arcface, cosface, circle
+_C.LOSS.PAIR_LOSS = "triplet"  # triplet | contrastive | cosface | circle
+_C.LOSS.PAIR_S = 16.0  # scale of contrastive, cosface, circle
+_C.LOSS.PAIR_M = 0.3  # margin of triplet, cosface, circle
+_C.LOSS.GATHER = True  # pairs over the global batch; False: each rank alone, outside the promise
+
+_C.TRAIN = CfgNode()
+_C.TRAIN.START_EPOCH = 0  # epochs taken as done at the start of a fresh run
+_C.TRAIN.MAX_EPOCH = 60
+_C.TRAIN.MAX_STEPS = 0  # stop (and evaluate) after so many steps since the run's beginning; 0: no limit
+_C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
+_C.TRAIN.LOG_STEP = 10  # steps between log lines
+_C.TRAIN.CHECKPOINT_EPOCH = 1  # epochs between checkpoints; 0: none at epoch ends
+_C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch
+_C.TRAIN.ALLOW_CHANGES = False  # resume although keys that define the mathematics differ from the checkpoint's
+_C.TRAIN.OPTIMIZER = CfgNode()
+_C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw | sgd (momentum 0.9, Nesterov)
+_C.TRAIN.OPTIMIZER.LR = 0.00035
+_C.TRAIN.OPTIMIZER.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+_C.TRAIN.LR_SCHEDULER.STEPSIZE = [20, 40]  # epochs after which the rate is multiplied
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+_C.TEST = CfgNode()
+_C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's distance
+_C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
+_C.TEST.START_EVAL = 0  # no evaluation up to this epoch
+
+_C.WANDB = CfgNode()
+_C.WANDB.MODE = "disabled"  # disabled | offline | online
+_C.WANDB.PROJECT = "reid_dist"
+
+_C.SEED = 0  # of the epoch plan and of the initial weights
+_C.EVAL_MODE = False  # like --eval: evaluate only
+_C.GPU = "0"  # no meaning here: CUDA_VISIBLE_DEVICES and --nproc_per_node decide
+_C.OUTPUT = ""  # a run is written to OUTPUT/DATASET/TAG; '' is ./runs
+_C.TAG = "res50-ce-tri"
+
+# Keys that may change when a run is resumed, because they do not enter the arithmetic of a training step.
+FREE_ON_RESUME = {
+    "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "MODEL.RESUME", "MODEL.PRETRAINED", "TRAIN.MAX_EPOCH",
+    "TRAIN.MAX_STEPS", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH", "TRAIN.CHECKPOINT_STEP", "TRAIN.ALLOW_CHANGES",
+    "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT", "EVAL_MODE", "GPU", "OUTPUT", "TAG",
+}  # fmt: skip
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "DATA.SAMPLER": ("chunk", "identity"),
+    "DATA.PIPELINE": ("auto", "dali", "torch"),
+    "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
+    "MODEL.RES4_STRIDE": (1, 2),
+    "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
+    "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
+    "TEST.DISTANCE": ("cosine", "euclidean"),
+    "WANDB.MODE": ("disabled", "offline", "online"),
+}
+AT_LEAST: dict[str, float] = {
+    "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
+    "DATA.NUM_INSTANCES": 1, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0, "TRAIN.MAX_EPOCH": 1,
+    "TRAIN.MAX_STEPS": 0, "TRAIN.LOG_STEP": 1, "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0,
+    "TRAIN.OPTIMIZER.LR": 0.0, "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "SEED": 0,
+}  # fmt: skip
+
+
+def defaults() -> CfgNode:
+    """A fresh copy of all keys with their defaults."""
+    return _C.clone()
+
+
+def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'TRAIN': {'LR': 1}} -> {'TRAIN.LR': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The flags that every command shares; unknown ones are errors."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:  # raised, so that all ranks can agree on it before they exit
+            raise ValueError(f"command line: {message}; expected the flags of --help and KEY VALUE pairs")
+
+    p = Parser(prog=f"python -m reid_dist.{prog}", allow_abbrev=False)
+    p.add_argument("--cfg", metavar="FILE", help="YAML file with config keys")
+    p.add_argument("--root", help="folder of the data set (DATA.ROOT)")
+    p.add_argument("--dataset", help="name of the data set (DATA.DATASET)")
+    p.add_argument("--output", help="where runs are written (OUTPUT)")
+    p.add_argument("--tag", help="name of this run (TAG)")
+    p.add_argument("--gpu", help="accepted for Simple-ReID's command lines; has no effect")
+    p.add_argument("opts", nargs="*", metavar="KEY VALUE", help="any config keys, such as TRAIN.MAX_EPOCH 20")
+    return p
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """Defaults, then the YAML file, then KEY VALUE pairs, then flags. Raises one ValueError with a line per error."""
+    cfg = defaults()
+    errors: list[str] = []
+    if args.cfg is not None:
+        errors += merge(cfg, read_yaml(args.cfg).items(), f" in {args.cfg}")
+    if len(args.opts) % 2:
+        errors.append(f"command line: {args.opts[-1]!r} has no partner; expected KEY VALUE pairs")
+    errors += merge(cfg, zip(args.opts[::2], args.opts[1::2], strict=False), " on the command line")
+    flags = {"root": "DATA.ROOT", "dataset": "DATA.DATASET", "output": "OUTPUT", "tag": "TAG", "gpu": "GPU"}
+    flags |= {"resume": "MODEL.RESUME", "eval": "EVAL_MODE"}
+    given = [
+        (key, getattr(args, name)) for name, key in flags.items() if getattr(args, name, None) not in (None, False)
+    ]
+    errors += merge(cfg, given, " on the command line")
+    if errors:
+        raise ValueError("\n".join(errors))
+    return cfg
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """{'TRAIN.MAX_EPOCH': 60, ...} from a file of nested keys."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--cfg {str(path)!r}: {error.strerror}; expected a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--cfg {str(path)!r}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree or {}, dict):
+        raise ValueError(f"--cfg {str(path)!r}: holds a {type(tree).__name__}; expected nested keys")
+    return flatten(tree or {})
+
+
+def merge(cfg: CfgNode, items: Iterable[tuple[str, Any]], where: str) -> list[str]:
+    """Sets the keys it can, returns a message for each that it cannot."""
+    known = flatten(_C)
+    errors = []
+    for key, value in items:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "see docs or reid_dist/config.py for the keys"
+            errors.append(f"{key} {value!r}{where}: unknown key; {hint}")
+            continue
+        try:
+            set_key(cfg, key, coerce(value, known[key]))
+        except ValueError as error:
+            errors.append(f"{key} {value!r}{where}: expected {error}")
+    return errors
+
+
+def set_key(cfg: CfgNode, key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        cfg = cfg[name]
+    cfg[leaf] = value
+
+
+def coerce(value: Any, default: Any) -> Any:
+    """`value` as the default's type. Widens only: an int where a float is due, a number where a string is.
+
+    Text is read as the type that is due ('16' as 16.0, 'true' as True), because the command line has nothing else and
+    YAML reads 3e-4 as text. Raises ValueError with what was expected.
+    """
+    if isinstance(default, str):
+        if value is None:
+            return ""
+        if isinstance(value, (str, int, float)):
+            return str(value)
+        raise ValueError("text")
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = {"true": True, "false": False}[text.lower()]
+        except KeyError:
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pass
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if isinstance(default, (list, tuple)):
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+            return list(value)
+        raise ValueError("a list of integers such as [20, 40]")
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    if isinstance(default, int):
+        if isinstance(value, int):
+            return value
+        raise ValueError("an integer")
+    if isinstance(value, (int, float)):
+        return float(value)
+    raise ValueError("a number")
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
+    """Raises one ValueError with a line for every impossible value or combination: key, value, what was expected."""
+    from .data.index import DATASETS
+    from .losses import CLASSIFICATION, PAIRWISE
+    from .models import MODELS
+
+    flat = flatten(cfg)
+    choices = CHOICES | {
+        "DATA.DATASET": tuple(DATASETS),
+        "LOSS.CLA_LOSS": tuple(CLASSIFICATION),
+        "LOSS.PAIR_LOSS": tuple(PAIRWISE),
+    }
+    errors = [
+        f"{k} {flat[k]!r}: expected one of {', '.join(map(str, c))}" for k, c in choices.items() if flat[k] not in c
+    ]
+    errors += [f"{k} {flat[k]!r}: expected at least {least}" for k, least in AT_LEAST.items() if not flat[k] >= least]
+    for key in ("AUG.RC_PROB", "AUG.RE_PROB"):
+        if not 0 <= flat[key] <= 1:
+            errors.append(f"{key} {flat[key]}: expected a probability between 0 and 1")
+    if cfg.MODEL.NAME not in MODELS and not cfg.MODEL.NAME.startswith("timm/"):
+        errors.append(f"MODEL.NAME {cfg.MODEL.NAME!r}: expected one of {', '.join(MODELS)}, or timm/<name>")
+    steps = cfg.TRAIN.LR_SCHEDULER.STEPSIZE
+    if any(b <= a for a, b in zip([0, *steps], steps, strict=False)):
+        errors.append(f"TRAIN.LR_SCHEDULER.STEPSIZE {steps}: expected rising epochs, from 1 on")
+    if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.MAX_EPOCH:
+        errors.append(
+            f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH}: expected less than TRAIN.MAX_EPOCH {cfg.TRAIN.MAX_EPOCH}"
+        )
+    for part, name in (("TAG", cfg.TAG), ("DATA.DATASET", cfg.DATA.DATASET)):
+        if not name or name in (".", "..") or set(name) & set("/\\\0"):
+            errors.append(f"{part} {name!r}: expected a name that can be a folder")
+    if cfg.TRAIN.PRECISION == "fp16" and not cuda:
+        errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
+    if cfg.DATA.DECODE_DEVICE == "gpu" and not cuda:
+        errors.append("DATA.DECODE_DEVICE 'gpu': expected cpu or auto on a machine without a GPU")
+    if not errors:
+        errors = check_batch(cfg, world_size)
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def check_batch(cfg: CfgNode, world_size: int) -> list[str]:
+    """What must divide what: identities x instances, ranks, batch norm groups."""
+    batch, k, group = cfg.DATA.TRAIN_BATCH, cfg.DATA.NUM_INSTANCES, cfg.MODEL.BN_GROUP or cfg.DATA.TRAIN_BATCH
+    if batch % k:
+        near = sorted({max(k, batch // k * k), (batch // k + 1) * k})
+        return [f"DATA.TRAIN_BATCH {batch}: expected a multiple of DATA.NUM_INSTANCES {k}, such as {join(near)}"]
+    errors = []
+    if batch % group:
+        good = [d for d in divisors(batch) if d > 1]
+        errors.append(f"MODEL.BN_GROUP {group}: expected a divisor of DATA.TRAIN_BATCH {batch}: {join(good)}, or 0")
+    if batch % world_size:
+        step = world_size * k
+        near = sorted({max(step, batch // step * step), (batch // step + 1) * step})
+        errors.append(
+            f"DATA.TRAIN_BATCH {batch} on {world_size} ranks: expected a batch that divides into ranks, such as "
+            f"{join(near)}, or {join(divisors(batch))} ranks"
+        )
+        return errors
+    local = batch // world_size
+    if not errors and local % group and group % local:
+        good = [g for g in divisors(batch) if local % g == 0 or g % local == 0]
+        sizes = [w for w in divisors(batch) if (batch // w) % group == 0 or group % (batch // w) == 0]
+        errors.append(
+            f"MODEL.BN_GROUP {group} with {local} images a rank ({batch} on {world_size}): expected a multiple or a "
+            f"divisor of a rank's images: {join(good)}; or {join(sizes)} ranks"
+        )
+    if not cfg.LOSS.GATHER and (batch // k) % world_size:
+        errors.append(
+            f"LOSS.GATHER False with {batch // k} identities on {world_size} ranks: expected whole identities on each "
+            f"rank: {join(divisors(batch // k))} ranks"
+        )
+    return errors
+
+
+def join(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def resolve(cfg: CfgNode, cuda: bool) -> None:
+    """Replaces every 'auto' and '' that stands for a choice of this machine by the choice, so that it is on record."""
+    if cfg.DATA.PIPELINE == "auto":
+        from .data.pipeline import dali_available
+
+        cfg.DATA.PIPELINE = "dali" if dali_available() else "torch"
+    if cfg.DATA.DECODE_DEVICE == "auto":
+        cfg.DATA.DECODE_DEVICE = "gpu" if cuda and cfg.DATA.PIPELINE == "dali" else "cpu"
+    cfg.OUTPUT = cfg.OUTPUT or "./runs"
+
+
+def changed_keys(saved: str, cfg: CfgNode) -> list[str]:
+    """'KEY saved -> now' for every key that defines the mathematics and differs from a checkpoint's config (YAML)."""
+    old, new = flatten(yaml.safe_load(saved)), flatten(cfg)
+    keys = [k for k in new if k not in FREE_ON_RESUME and k in old and old[k] != new[k]]
+    return [f"{k} {old[k]!r} -> {new[k]!r}" for k in keys]
+
+
+def run_folder(cfg: CfgNode) -> Path:
+    """Where this run's files are: OUTPUT/DATASET/TAG."""
+    return Path(cfg.OUTPUT or "./runs") / cfg.DATA.DATASET / cfg.TAG

@@ -1,0 +1,74 @@
+"""Networks by name. A backbone maps (B, 3, H, W) to a (B, D, h, w) map; `ReIDModel` adds pooling, BN and classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .heads import CosineClassifier, LinearClassifier
+from .mobilenet import build_mobilenet_v2, fetch_mobilenet_v2
+from .resnet import build_resnet50, fetch_resnet50
+from .tiny import build_tiny
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """build(last_stride) makes the network; fetch() returns its ImageNet state dict, None where there is none."""
+
+    build: Callable[[int], nn.Module]
+    feature_dim: int
+    fetch: Callable[[], dict] | None = None
+
+
+MODELS: dict[str, Backbone] = {
+    "resnet50": Backbone(build_resnet50, 2048, fetch_resnet50),
+    "mobilenet_v2": Backbone(build_mobilenet_v2, 1280, fetch_mobilenet_v2),
+    "tiny": Backbone(build_tiny, 128),
+}
+
+
+class ReIDModel(nn.Module):
+    """Simple-ReID's network: backbone, global average pooling, BatchNorm1d, classifier.
+
+    The feature after the batch norm serves the classifier, the pairwise loss and the test alike. Training: images
+    (B, 3, H, W) -> (features (B, D), logits or cosines (B, num_pids)). Evaluation: -> features (B, D).
+    """
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, num_pids: int, cosine: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.bn = nn.BatchNorm1d(feature_dim)
+        nn.init.normal_(self.bn.weight, 1.0, 0.02)
+        nn.init.zeros_(self.bn.bias)
+        self.classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, num_pids)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        feats = self.bn(self.backbone(images).mean(dim=(2, 3)))
+        return (feats, self.classifier(feats)) if self.training else feats
+
+
+def find_backbone(name: str) -> Backbone:
+    """The row of MODELS, or one made for a timm name. Raises ValueError for a name that timm does not know."""
+    if name in MODELS:
+        return MODELS[name]
+    from .timm_backbone import timm_row
+
+    return timm_row(name.removeprefix("timm/"))
+
+
+def build_model(
+    name: str, num_pids: int, feature_dim: int, cosine: bool, last_stride: int = 1, seed: int = 0
+) -> ReIDModel:
+    """A fresh network with the weights of `seed`, the same on every rank.
+
+    Raises ValueError for an unknown name and when feature_dim (MODEL.FEATURE_DIM) is not the network's width.
+    """
+    row = find_backbone(name)
+    if row.feature_dim != feature_dim:
+        raise ValueError(f"MODEL.FEATURE_DIM {feature_dim}: expected {row.feature_dim}, the width of MODEL.NAME {name}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ReIDModel(row.build(last_stride), feature_dim, num_pids, cosine)

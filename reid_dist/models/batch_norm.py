@@ -1,0 +1,140 @@
+"""Batch norm over groups of images of the global batch, so that no number depends on how many ranks there are.
+
+`MODEL.BN_GROUP` consecutive images of the global batch share their statistics. A group smaller than a rank's share is
+a ghost group (Hoffer et al., Train longer, generalize better, NIPS 2017), a larger one is synchronised over the
+consecutive ranks that hold it. 32 is what made Simple-ReID's numbers: a batch of 64 on two GPUs.
+
+Running statistics take the mean over the groups of a step: mean of the means, mean of the unbiased variances (n is the
+group's number of elements per channel). Each rank moves its own towards its groups' mean; `running_stats` are then
+averaged over ranks once a step, which makes them the mean over all groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import dist
+
+_forward_into = torch.ops.aten.native_batch_norm.out
+_backward = torch.ops.aten.native_batch_norm_backward
+
+
+class GroupNormalise(torch.autograd.Function):
+    """Batch normalisation of (B, C, *) over ghost groups (num_ranks 1), or over one group held by several ranks.
+
+    forward -> (output like x, mean (G, C), unbiased variance (G, C)), statistics in the weights' dtype. The native
+    kernels serve CPU and GPU, both memory formats and half-precision input. With num_ranks > 1, G is 1, all ranks hold
+    equally many elements, and sums go over the ranks: means and then centred squares forward (so that nothing cancels),
+    once backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, num_groups: int, num_ranks: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(x)
+        mean = weight.new_empty((num_groups, weight.shape[0]))
+        invstd = torch.empty_like(mean)
+        for i, (part, to) in enumerate(zip(x.chunk(num_groups), out.chunk(num_groups), strict=True)):
+            _forward_into(
+                part, weight, bias, None, None, True, 0.0, eps, out=to, save_mean=mean[i], save_invstd=invstd[i]
+            )
+        var = invstd.pow(-2) - eps
+        count = x[:, 0].numel() // num_groups * num_ranks
+        if num_ranks > 1:  # all ranks of the group
+            ranks = dist.consecutive_ranks(num_ranks)
+            local_mean = mean
+            mean = dist.group_sum(local_mean.clone(), ranks) / num_ranks
+            var = dist.group_sum(var + (local_mean - mean).square(), ranks) / num_ranks
+            invstd = (var + eps).rsqrt()
+            unused = weight.new_empty(0)
+            _forward_into(
+                x, weight, bias, mean[0], var[0], False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused.clone()
+            )
+        ctx.save_for_backward(x, weight, mean, invstd, var)
+        ctx.eps, ctx.num_ranks, ctx.count = eps, num_ranks, count
+        unbiased = var * (count / max(count - 1, 1))
+        ctx.mark_non_differentiable(mean, unbiased)
+        return out, mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, mean, invstd, var = ctx.saved_tensors
+        parts = list(zip(grads[0].chunk(len(mean)), x.chunk(len(mean)), mean, invstd, var, strict=True))
+        train = ctx.num_ranks == 1
+        mask = [True, True, True]
+        results = [
+            _backward(dy, part, weight, m, v, m if train else None, s if train else None, train, ctx.eps, mask)
+            for dy, part, m, s, v in parts
+        ]
+        dx = results[0][0] if len(results) == 1 else torch.cat([r[0] for r in results])
+        dw, db = (torch.stack([r[k] for r in results]).sum(0) for k in (1, 2))
+        if ctx.num_ranks > 1:  # all ranks of the group
+            # With the statistics held fixed the kernel gave dx = dy w / s; what flows through mean and variance is
+            # - w / s (sum(dy) + xhat sum(dy xhat)) / n, the sums over all ranks of the group.
+            sums = dist.group_sum(torch.stack([dw, db]), dist.consecutive_ranks(ctx.num_ranks)) / ctx.count
+            slope = -weight * invstd[0].square() * sums[0]
+            shift = -weight * invstd[0] * sums[1] - mean[0] * slope
+            shape = [1, -1, *[1] * (x.dim() - 2)]
+            dx = (dx + torch.addcmul(shift.view(shape), x, slope.view(shape))).to(x.dtype)
+        return dx, dw, db, None, None, None
+
+
+class GroupBatchNorm(nn.Module):
+    """A BatchNorm1d or 2d whose statistics go over `group` consecutive images of the global batch.
+
+    Same parameter and buffer names as nn.BatchNorm2d. `act` is what a timm BatchNormAct2d does after normalising
+    (dropout of rate 0 excepted, which is nothing).
+    """
+
+    def __init__(self, bn: nn.modules.batchnorm._BatchNorm, group: int):
+        super().__init__()
+        assert bn.affine and bn.track_running_stats and bn.momentum is not None
+        self.weight, self.bias = bn.weight, bn.bias
+        self.eps, self.momentum, self.group = bn.eps, bn.momentum, group
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(bn, name))
+        act = getattr(bn, "act", None)
+        self.act = act if isinstance(act, nn.Module) else nn.Identity()
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, group={self.group}, eps={self.eps}, momentum={self.momentum}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+            return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
+        num_groups, num_ranks = split_group(len(x), self.group)
+        out, mean, var = GroupNormalise.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0), self.momentum)
+            self.running_var.lerp_(var.mean(0), self.momentum)
+            self.num_batches_tracked += 1
+        return self.act(out)
+
+
+def split_group(images: int, group: int) -> tuple[int, int]:
+    """(groups on this rank, ranks per group) for a rank's `images` consecutive images."""
+    if images % group == 0:
+        return images // group, 1
+    assert group % images == 0, f"BN group {group} with {images} images on a rank"
+    return 1, group // images
+
+
+def group_batch_norms(model: nn.Module, group: int) -> None:
+    """Replaces every batch norm of the model, in place, by one over `group` images. Names, weights, buffers stay."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(model, name, GroupBatchNorm(child, group))
+        else:
+            group_batch_norms(child, group)
+
+
+def running_stats(model: nn.Module) -> list[torch.Tensor]:
+    """The running means and variances, which ranks average once a step."""
+    norms = [m for m in model.modules() if isinstance(m, GroupBatchNorm)]
+    return [buffer for m in norms for buffer in (m.running_mean, m.running_var)]
