@@ -281,8 +281,6 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
             errors.append(f"{part} {name!r}: expected a name that can be a folder")
     if cfg.TRAIN.PRECISION == "fp16" and not cuda:
         errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
-    if cfg.DATA.DECODE_DEVICE == "gpu" and not cuda:
-        errors.append("DATA.DECODE_DEVICE 'gpu': expected cpu or auto on a machine without a GPU")
     if not errors:
         errors = check_batch(cfg, world_size)
     if errors:
@@ -329,12 +327,12 @@ def join(values: Sequence[Any]) -> str:
 
 def resolve(cfg: CfgNode, cuda: bool) -> None:
     """Replaces every 'auto' and '' that stands for a choice of this machine by the choice, so that it is on record."""
-    if cfg.DATA.PIPELINE == "auto":
-        from .data.pipeline import dali_available
+    import torch
 
-        cfg.DATA.PIPELINE = "dali" if dali_available() else "torch"
-    if cfg.DATA.DECODE_DEVICE == "auto":
-        cfg.DATA.DECODE_DEVICE = "gpu" if cuda and cfg.DATA.PIPELINE == "dali" else "cpu"
+    from .data.pipeline import resolve as resolve_pipeline
+
+    device = torch.device("cuda" if cuda else "cpu")
+    cfg.DATA.PIPELINE, cfg.DATA.DECODE_DEVICE = resolve_pipeline(cfg.DATA.PIPELINE, cfg.DATA.DECODE_DEVICE, device)
     cfg.OUTPUT = cfg.OUTPUT or "./runs"
 
 

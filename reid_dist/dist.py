@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,8 @@ def agreed(step: Callable[..., T], *args: Any, **kwargs: Any) -> T:  # all ranks
         r = rank()
         if message is not None and (r == 0 or message != messages[0]):
             print_error(message, f"rank {r}: " if r > 0 else "")
+        # torchrun sends SIGTERM to the rest when the first rank ends; all of them are about to exit with 2.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         barrier()
         raise UserError
     return result  # type: ignore[return-value]
@@ -171,16 +174,20 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
     try:
         main(world)
     except UserError:
-        code = 2
+        end_now(2)
     except (ValueError, OSError) as error:
         # One rank's own error in mid-run: the others are ended by torchrun or by the group's timeout.
         print_error(str(error) or repr(error), f"rank {world.rank}: " if world.world_size > 1 else "")
-        sys.stdout.flush()
-        os._exit(2)
-    else:
-        code = 0
+        end_now(2)
     shutdown()
-    sys.exit(code)
+    sys.exit(0)
+
+
+def end_now(code: int) -> NoReturn:
+    """Exits without the interpreter's clean-up, which can wait for threads that wait for another rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _GatherRows(torch.autograd.Function):

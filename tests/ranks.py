@@ -18,6 +18,10 @@ from pathlib import Path
 from reid_dist import dist
 
 
+# In a forked rank: what dist.init returned there.
+world: dist.World | None = None
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -68,7 +72,8 @@ def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
-        dist.init(timeout_s)
+        global world
+        world = dist.init(timeout_s)
         outcome = ("ok", fn(*args, **kwargs))
         dist.barrier()
     except BaseException:  # noqa: BLE001 - carried to the parent, which raises it

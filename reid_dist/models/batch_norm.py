@@ -5,12 +5,14 @@ a ghost group (Hoffer et al., Train longer, generalize better, NIPS 2017), a lar
 consecutive ranks that hold it. 32 is what made Simple-ReID's numbers: a batch of 64 on two GPUs.
 
 Running statistics take the mean over the groups of a step: mean of the means, mean of the unbiased variances (n is the
-group's number of elements per channel). Each rank moves its own towards its groups' mean; `running_stats` are then
-averaged over ranks once a step, which makes them the mean over all groups.
+group's number of elements per channel). A forward notes its groups' statistics; `update_running_stats`, once a step,
+averages them over groups, forwards (micro-batches) and ranks and moves the buffers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +102,8 @@ class GroupBatchNorm(nn.Module):
             self.register_buffer(name, getattr(bn, name))
         act = getattr(bn, "act", None)
         self.act = act if isinstance(act, nn.Module) else nn.Identity()
+        self.noted: list[torch.Tensor] = []  # (2, G, C) of each forward since the last update: means, unbiased variances
+        self.noting = True
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, group={self.group}, eps={self.eps}, momentum={self.momentum}"
@@ -110,10 +114,8 @@ class GroupBatchNorm(nn.Module):
             return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
         num_groups, num_ranks = split_group(len(x), self.group)
         out, mean, var = GroupNormalise.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.mean(0), self.momentum)
-            self.running_var.lerp_(var.mean(0), self.momentum)
-            self.num_batches_tracked += 1
+        if self.noting:
+            self.noted.append(torch.stack([mean, var]))
         return self.act(out)
 
 
@@ -134,7 +136,39 @@ def group_batch_norms(model: nn.Module, group: int) -> None:
             group_batch_norms(child, group)
 
 
-def running_stats(model: nn.Module) -> list[torch.Tensor]:
-    """The running means and variances, which ranks average once a step."""
-    norms = [m for m in model.modules() if isinstance(m, GroupBatchNorm)]
-    return [buffer for m in norms for buffer in (m.running_mean, m.running_var)]
+def batch_norms(model: nn.Module) -> list[GroupBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, GroupBatchNorm)]
+
+
+@torch.no_grad()
+def update_running_stats(norms: list[GroupBatchNorm]) -> None:  # all ranks
+    """Moves the buffers by the statistics noted since the last call, averaged over all groups of all ranks.
+
+    One all-reduce for all layers (0.2 MB for ResNet-50) and a few launches, whatever their number.
+    """
+    stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # (2, C) each; all groups are equally large
+    dist.average_(stats)
+    buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
+    momenta = [m.momentum for m in norms for _ in range(2)]
+    torch._foreach_mul_(buffers, [1 - momentum for momentum in momenta])
+    torch._foreach_add_(buffers, torch._foreach_mul([row for s in stats for row in s], momenta))
+    torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
+    forget_stats(norms)
+
+
+def forget_stats(norms: list[GroupBatchNorm]) -> None:
+    """Drops what was noted: the forward was a rehearsal."""
+    for m in norms:
+        m.noted.clear()
+
+
+@contextmanager
+def not_noting(norms: list[GroupBatchNorm]) -> Iterator[None]:
+    """Forwards in here repeat a noted one and leave the statistics as they are."""
+    for m in norms:
+        m.noting = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.noting = True

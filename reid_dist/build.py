@@ -1,0 +1,93 @@
+"""Where the config ends: from its keys to plain arguments of the parts that train and evaluate alike."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import dist
+from .config import check_config, load_config, resolve
+from .data.index import DatasetIndex, build_index
+from .data.loader import TrainLoader
+from .data.plan import EpochPlan
+from .losses import uses_cosine
+from .models import build_model
+from .models.batch_norm import group_batch_norms
+
+
+def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.World) -> tuple[argparse.Namespace, Any]:
+    """(flags, frozen config) of a command line, checked and resolved. Raises ValueError with a line per mistake."""
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(args)
+    cuda = torch.cuda.is_available()
+    check_config(cfg, world.world_size, cuda)
+    resolve(cfg, cuda)
+    cfg.freeze()
+    if args.gpu is not None and world.is_main:
+        print("--gpu has no effect: CUDA_VISIBLE_DEVICES and --nproc_per_node decide", file=sys.stderr)
+    return args, cfg
+
+
+def read_index(cfg: Any) -> DatasetIndex:  # all ranks
+    """The data set, the same on every rank: a rank that sees other files or labels is an error of all."""
+    index = dist.agreed(build_index, cfg.DATA.DATASET, cfg.DATA.ROOT)
+    fingerprints = dist.gather_objects(index.fingerprint())
+    dist.agreed(compare_fingerprints, fingerprints)
+    return index
+
+
+def compare_fingerprints(fingerprints: list[str]) -> None:
+    other = [r for r, f in enumerate(fingerprints) if f != fingerprints[0]]
+    if other:
+        raise ValueError(
+            f"DATA.ROOT: ranks {other} see other files or labels than rank 0; expected the same data on all"
+        )
+
+
+def build_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:
+    return EpochPlan(
+        index.train.pids,
+        batch=cfg.DATA.TRAIN_BATCH,
+        num_instances=cfg.DATA.NUM_INSTANCES,
+        sampler=cfg.DATA.SAMPLER,
+        seed=cfg.SEED,
+        height=cfg.DATA.HEIGHT,
+        width=cfg.DATA.WIDTH,
+        rc_prob=cfg.AUG.RC_PROB,
+        re_prob=cfg.AUG.RE_PROB,
+    )
+
+
+def build_loader(cfg: Any, index: DatasetIndex, plan: EpochPlan, world: dist.World, steps_done: int) -> TrainLoader:
+    """This rank's batches from the one after `steps_done` on."""
+    epochs_done, step = divmod(steps_done, plan.num_steps)
+    return TrainLoader(
+        index.train.path,
+        plan,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+        dtype=image_dtype(cfg),
+        pipeline=cfg.DATA.PIPELINE,
+        decode_device=cfg.DATA.DECODE_DEVICE,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        epoch=1 + epochs_done,
+        step=step,
+    )
+
+
+def image_dtype(cfg: Any) -> torch.dtype:
+    """Images are fp32 under autocast too, which casts them at the first convolution."""
+    return torch.float64 if cfg.TRAIN.PRECISION == "fp64" else torch.float32
+
+
+def build_network(cfg: Any, num_pids: int, device: torch.device) -> nn.Module:
+    """The model on its device, channels last, its batch norms over MODEL.BN_GROUP images of the global batch."""
+    m = cfg.MODEL
+    model = build_model(m.NAME, num_pids, m.FEATURE_DIM, uses_cosine(cfg.LOSS.CLA_LOSS), m.RES4_STRIDE, cfg.SEED)
+    group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)
+    return model.to(device=device, dtype=image_dtype(cfg)).to(memory_format=torch.channels_last)

@@ -1,0 +1,120 @@
+"""Evaluation: extract the test images on all ranks, rank them, print and write the table.
+
+python -m reid_dist.evaluate --cfg configs/res50_ce_triplet.yaml --weights runs/.../best.pt --root DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import dist
+from .build import build_network, image_dtype, read_command, read_index
+from .config import parser, run_folder
+from .data.index import DatasetIndex
+from .data.loader import test_batches
+from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
+from .models.weights import fill, read_weights
+from .report import Reporter, draw_ranked_lists, eval_event, table
+from .step import AUTOCAST
+
+SHOWN_QUERIES = 12
+SHOWN_ANSWERS = 10
+
+
+def main(world: dist.World, argv: list[str]) -> None:  # all ranks
+    args, cfg = dist.agreed(read_command, command_line(), argv, world)
+    index = read_index(cfg)
+    model = dist.agreed(build_network, cfg, index.num_pids, world.device)
+    notes = dist.agreed(lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}"))
+    reporter = Reporter(run_folder(cfg), world.is_main)
+    dist.agreed(reporter.make_folder)
+    for line in notes:
+        reporter.say(line)
+    result, query, gallery = evaluate(model, index, cfg, world, reporter)
+    event = eval_event(0, 0, result)
+    reporter.say(table({index.name: event}))
+    reporter.save_result({"weights": args.weights, "final": event}, "evaluation.json")
+    picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
+    reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
+
+
+def evaluate(
+    model: nn.Module, index: DatasetIndex, cfg: Any, world: dist.World, reporter: Reporter
+) -> tuple[EvalResult, Features, Features]:  # all ranks
+    """(result, this rank's query features, this rank's gallery features) of the test split.
+
+    The result's seconds are those of the ranking; extraction shows its own progress.
+    """
+    test, num_query = index.test, len(index.query)
+    mine = {
+        "query": np.array(shard(num_query, world.rank, world.world_size), np.int64),
+        "gallery": num_query + np.array(shard(len(index.gallery), world.rank, world.world_size), np.int64),
+    }
+    images = np.concatenate(list(mine.values()))
+    batches = test_batches(
+        test.path,
+        images,
+        batch=cfg.DATA.TEST_BATCH,
+        height=cfg.DATA.HEIGHT,
+        width=cfg.DATA.WIDTH,
+        device=world.device,
+        dtype=image_dtype(cfg),
+        pipeline=cfg.DATA.PIPELINE,
+        decode_device=cfg.DATA.DECODE_DEVICE,
+        num_workers=cfg.DATA.NUM_WORKERS,
+    )
+    autocast = AUTOCAST.get(cfg.TRAIN.PRECISION)
+    with reporter.counting("extract", len(images)) as progress:
+        feats, rows = extract(model, batches, len(images), cfg.MODEL.FEATURE_DIM, world.device, autocast, progress)
+
+    def part(start: int, stop: int) -> Features:
+        here = (rows >= start) & (rows < stop)
+        taken = rows[here].cpu().numpy()
+        pids, camids = (torch.from_numpy(a[taken]).to(feats.device) for a in (test.pids, test.camids))
+        return Features(feats[here], pids, camids, rows[here] - start)
+
+    query, gallery = part(0, num_query), part(num_query, len(test))
+    return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
+
+
+def show_ranked_lists(
+    query: Features,
+    gallery: Features,
+    result: EvalResult,
+    index: DatasetIndex,
+    cfg: Any,
+    world: dist.World,
+    reporter: Reporter,
+) -> str:  # all ranks
+    """Draws queries from the worst to the best with their first answers; returns where the picture lies."""
+    with_match = np.flatnonzero(~np.isnan(result.ap))
+    by_ap = with_match[np.argsort(result.ap[with_match], kind="stable")]
+    chosen = by_ap[np.unique(np.linspace(0, len(by_ap) - 1, SHOWN_QUERIES).astype(int))] if len(by_ap) else by_ap
+    lists = ranked_lists(query, gallery, chosen.tolist(), SHOWN_ANSWERS, cfg.TEST.DISTANCE)
+    file = reporter.folder / "ranked_lists.png"
+    if world.is_main and lists:
+        q, g = index.query, index.gallery
+        rows = []
+        for found in lists:
+            i = found.query_index
+            entries = zip(found.gallery_indices, found.distances, found.is_match, strict=True)
+            answers = [(g.path(j), float(d), bool(right)) for j, d, right in entries]
+            rows.append((q.path(i), f"pid {q.pids[i]} cam {q.camids[i]}", float(result.ap[i]), answers))
+        draw_ranked_lists(file, rows, "queries from the worst to the best: right answers green, wrong ones red")
+    return str(file)
+
+
+def command_line() -> argparse.ArgumentParser:
+    p = parser("evaluate")
+    p.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or backbone weights")
+    return p
+
+
+if __name__ == "__main__":
+    dist.run_main(lambda world: main(world, sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""What people see of a run: the console, metrics.jsonl, result.json, the ranked lists as a picture, and wandb.
+
+Only rank 0 writes; every other rank holds a Reporter that does nothing. Names in files are those of the README.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import write_atomic
+
+METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
+
+
+class Reporter:
+    """Progress and results of one run. `folder` is the run's; `is_main` says whether this process writes at all."""
+
+    def __init__(self, folder: Path, is_main: bool, steps_per_epoch: int = 0, wandb_run: Any = None):
+        self.folder, self.is_main, self.steps_per_epoch, self.wandb_run = folder, is_main, steps_per_epoch, wandb_run
+        self.bar: Any = None
+        self.bar_epoch = 0
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar if there is one."""
+        if not self.is_main:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def make_folder(self) -> None:
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def log(self, event: dict[str, Any]) -> None:
+        """One JSON object as a line of metrics.jsonl, and its numbers to wandb."""
+        if not self.is_main:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(event) + "\n")
+        if self.wandb_run is not None:
+            kind = event["event"]
+            self.wandb_run.log({f"{kind}/{k}": v for k, v in event.items() if k != "event"}, step=event["step"])
+
+    def cut(self, step: int, last_eval: int) -> None:
+        """Drops what a killed run wrote after the checkpoint it goes on from, and a half last line."""
+        file = self.folder / "metrics.jsonl"
+        if not self.is_main or not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if event["step"] <= (last_eval if event["event"] == "eval" else step):
+                kept.append(line + "\n")
+        write_atomic(file, lambda part: part.write_text("".join(kept), encoding="utf-8"))
+
+    def progress(self, epoch: int, step: int, event: dict[str, Any] | None) -> None:
+        """Moves the epoch's bar to `step` (of the epoch, from 1); `event` is the train event of a log step."""
+        if not self.is_main:
+            return
+        interactive = sys.stderr.isatty()
+        if interactive:
+            if self.bar is None or self.bar_epoch != epoch:
+                self.end_progress()
+                self.bar, self.bar_epoch = open_bar(epoch, self.steps_per_epoch, step - 1), epoch
+            self.bar.update(step - self.bar.n)
+            if event:
+                self.bar.set_postfix_str(describe(event))
+            if step == self.steps_per_epoch:
+                self.end_progress()
+        elif event:
+            self.say(f"epoch {epoch}  step {step}/{self.steps_per_epoch}  {describe(event)}")
+
+    def end_progress(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Callable[[int], Any]]:
+        """A bar that counts up to `total` and then disappears; on a terminal only."""
+        if not self.is_main or not sys.stderr.isatty():
+            yield lambda done: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=name, leave=False, dynamic_ncols=True) as bar:
+            yield bar.update
+
+    def save_result(self, result: dict[str, Any], name: str = "result.json") -> None:
+        """A JSON file in the run's folder, whole or not at all."""
+        if self.is_main:
+            text = json.dumps(result, indent=2) + "\n"
+            write_atomic(self.folder / name, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def close(self) -> None:
+        self.end_progress()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def open_bar(epoch: int, total: int, initial: int) -> Any:
+    from tqdm import tqdm
+
+    form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+    return tqdm(total=total, initial=initial, desc=f"epoch {epoch}", bar_format=form, dynamic_ncols=True)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """The numbers of a train event as people read them while they wait."""
+    return (
+        f"loss {event['loss']:.4f}  acc {event['acc']:.1%}  {event['images_per_s']:.0f} images/s  "
+        f"data wait {event['data_wait']:.0%}  lr {event['lr']:.2g}"
+    )
+
+
+def start_wandb(mode: str, project: str, folder: Path, config: dict[str, Any], run_id: str) -> Any:  # rank 0 only
+    """A wandb run that continues run_id, or None when the mode is 'disabled' or wandb cannot start (said, not raised)."""
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project=project, dir=str(folder), config=config, mode=mode, id=run_id, resume="allow", name=folder.name
+        )
+    except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
+        print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A text table with a row per name and the five metrics in per cent."""
+    width = max(len(name) for name in rows)
+    lines = [" ".join([" " * width, *(f"{m:>7}" for m in METRICS)])]
+    for name, row in rows.items():
+        lines.append(" ".join([f"{name:<{width}}", *(f"{100 * row[m]:6.1f}%" for m in METRICS)]))
+    return "\n".join(lines)
+
+
+def eval_event(epoch: int, step: int, result: Any) -> dict[str, Any]:
+    """The eval line of metrics.jsonl from an EvalResult."""
+    names = (*METRICS, "num_query", "num_gallery", "num_no_match", "seconds")
+    return {"event": "eval", "epoch": epoch, "step": step} | {name: getattr(result, name) for name in names}
+
+
+def draw_ranked_lists(
+    file: Path, rows: list[tuple[str, str, float, list[tuple[str, float, bool]]]], title: str
+) -> None:  # rank 0 only
+    """A picture with a row per query: the query, then its first answers, right ones framed green, wrong ones red.
+
+    rows: (query path, label, average precision, [(gallery path, distance, right), ...]).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    columns = 1 + max(len(answers) for *_, answers in rows)
+    figure, axes = pyplot.subplots(
+        len(rows), columns, figsize=(0.95 * columns, 2.15 * len(rows) + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (path, label, ap, answers) in zip(axes, rows, strict=True):
+        show(line[0], Image, path, f"{label}\nAP {ap:.2f}", "black")
+        for axis, (answer, distance, right) in zip(line[1:], answers, strict=False):
+            show(axis, Image, answer, f"{distance:.3f}", "#1a9641" if right else "#d7191c")
+    figure.suptitle(title, fontsize=10)
+    write_atomic(file, lambda part: figure.savefig(part, dpi=110, format="png"))
+    pyplot.close(figure)
+
+
+def show(axis: Any, image_module: Any, path: str, caption: str, colour: str) -> None:
+    with image_module.open(path) as image:
+        axis.imshow(image.convert("RGB").resize((64, 128)))
+    axis.set_title(caption, fontsize=7, color=colour)
+    axis.axis("on")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color(colour)
+        spine.set_linewidth(3)
+
+
+def clock() -> float:
+    """Seconds of a clock that never jumps."""
+    return time.perf_counter()

@@ -1,0 +1,399 @@
+"""The sharded evaluator against a stable argsort of the full matrix, on random, tied and degenerate input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reid_dist import dist, evaluator
+from reid_dist.evaluator import Features, evaluate_features, extract, ranked_lists, shard
+from tests.ranks import run_ranks
+
+WORLD_SIZES = (1, 2, 3, 4)
+compared = {"evaluations": 0, "queries": 0, "ranked lists": 0}
+
+
+@dataclass
+class Case:
+    """The whole query and gallery as numpy arrays; `seed` decides which rank holds which rows, in which order."""
+
+    q: np.ndarray
+    g: np.ndarray
+    q_pids: np.ndarray
+    g_pids: np.ndarray
+    q_camids: np.ndarray | None
+    g_camids: np.ndarray | None
+    metric: str = "euclidean"
+    chunk: int | None = None
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def features(self, side: str, rank: int, world_size: int) -> Features:
+        feats = getattr(self, side)
+        rng = np.random.default_rng([self.seed, side == "q"])
+        # Some ranks at random hold nothing.
+        holders = rng.permutation(world_size)[: rng.integers(1, world_size + 1)]
+        owner = rng.choice(holders, len(feats))
+        rows = rng.permutation(len(feats))
+        rows = rows[owner[rows] == rank]
+        pids, camids = getattr(self, f"{side}_pids"), getattr(self, f"{side}_camids")
+        return Features(
+            torch.from_numpy(feats[rows]).to(self.dtype),
+            torch.from_numpy(pids[rows]),
+            None if camids is None else torch.from_numpy(camids[rows]),
+            torch.from_numpy(rows),
+        )
+
+
+def make_case(num_q, num_g, dim, num_pids, num_camids, kind, seed, **options) -> Case:
+    """kind 'integers' and 'signs' have exact products and many ties (squared distances; cosines), 'normal' none."""
+    rng = np.random.default_rng(seed)
+    if kind == "integers":
+        q, g = (rng.integers(0, 3, (n, dim)) * 1.0 for n in (num_q, num_g))
+    elif kind == "signs":  # norms are powers of two
+        q, g = (rng.choice([-1.0, 1.0], (n, 4)) * 2.0 ** rng.integers(-2, 3, (n, 1)) for n in (num_q, num_g))
+    else:
+        q, g = (rng.normal(size=(n, dim)) for n in (num_q, num_g))
+    pids = [rng.integers(0, num_pids, n) for n in (num_q, num_g)]
+    camids = [rng.integers(0, num_camids, n) if num_camids else None for n in (num_q, num_g)]
+    metric = {"integers": "euclidean", "signs": "cosine"}.get(kind, options.pop("metric", "cosine"))
+    options.pop("metric", None)
+    return Case(q, g, *pids, *camids, metric=metric, seed=seed, **options)
+
+
+def dense_distances(case: Case) -> np.ndarray:
+    if case.metric == "euclidean":
+        return ((case.q[:, None] - case.g[None]) ** 2).sum(2)
+    q, g = (a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12) for a in (case.q, case.g))
+    return -(q @ g.T)
+
+
+def ranked(case: Case, distances: np.ndarray, i: int, junk_rule=True, later_first=False):
+    """(gallery indices of the valid rows in their order, is_match) of query i: the definition, one query at a time."""
+    match = case.g_pids == case.q_pids[i]
+    junk = match & (case.g_camids == case.q_camids[i]) if junk_rule and case.g_camids is not None else match & False
+    order = np.argsort(distances[i], kind="stable")
+    if later_first:
+        order = np.lexsort((-np.arange(len(match)), distances[i]))
+    order = order[~junk[order]]
+    return order, match[order]
+
+
+def reference(case: Case, distances: np.ndarray | None = None, **rules) -> dict:
+    """What the original's evaluate() computes, with INP beside it; per query, by plain loops."""
+    distances = dense_distances(case) if distances is None else distances
+    ap, inp, cmc = np.full(len(case.q), np.nan), np.full(len(case.q), np.nan), []
+    for i in range(len(case.q)):
+        _, match = ranked(case, distances, i, **rules)
+        hits = np.flatnonzero(match)
+        if len(hits) == 0:
+            continue
+        ap[i] = sum((j + 1) / (hit + 1) for j, hit in enumerate(hits)) / len(hits)
+        inp[i] = len(hits) / (hits[-1] + 1)
+        cmc.append(np.arange(50) >= hits[0])
+    found = len(cmc) > 0
+    return {
+        "ap": ap,
+        "inp": inp,
+        "cmc": np.mean(cmc, 0) if found else np.zeros(50),
+        "mAP": np.nanmean(ap) if found else 0.0,
+        "mINP": np.nanmean(inp) if found else 0.0,
+        "num_no_match": len(case.q) - len(cmc),
+        "num_query": len(case.q),
+        "num_gallery": len(case.g),
+    }
+
+
+def assert_equal(result: evaluator.EvalResult, wanted: dict) -> None:
+    for name, value in wanted.items():
+        np.testing.assert_allclose(getattr(result, name), value, rtol=0, atol=1e-9, err_msg=name)
+    assert (result.rank1, result.rank5, result.rank10) == tuple(result.cmc[[0, 4, 9]])
+    assert result.query_indices.tolist() == list(range(result.num_query))
+    compared["evaluations"] += 1
+    compared["queries"] += result.num_query
+
+
+def evaluate_cases(cases: list[Case]):
+    return [
+        evaluate_features(*(c.features(s, dist.rank(), dist.world_size()) for s in "qg"), c.metric, c.chunk)
+        for c in cases
+    ]
+
+
+def evaluate_on(world_size: int, cases: list[Case]) -> list[evaluator.EvalResult]:
+    """Rank 0's results, after a look that all ranks have the same."""
+    by_rank = run_ranks(world_size, evaluate_cases, cases)
+    for others in by_rank[1:]:
+        for a, b in zip(by_rank[0], others, strict=True):
+            for field in fields(a):
+                np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+    return by_rank[0]
+
+
+case_strategy = st.builds(
+    make_case,
+    num_q=st.integers(1, 9),
+    num_g=st.integers(1, 30),
+    dim=st.integers(1, 4),
+    num_pids=st.integers(1, 5),
+    num_camids=st.integers(0, 3),
+    kind=st.sampled_from(["integers", "signs", "normal"]),
+    seed=st.integers(0, 2**32 - 1),
+    metric=st.sampled_from(["cosine", "euclidean"]),
+    chunk=st.sampled_from([None, 1, 2, 3, 100]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@settings(max_examples=12)
+@given(cases=st.lists(case_strategy, min_size=25, max_size=25))
+def test_equals_a_stable_argsort(world_size, cases):
+    for case, result in zip(cases, evaluate_on(world_size, cases), strict=True):
+        assert_equal(result, reference(case))
+
+
+def degenerate_cases() -> list[Case]:
+    rng = np.random.default_rng(1)
+
+    def case(num_q, num_g, q_pids, g_pids, q_camids=0, g_camids=1, zero=False, **options):
+        q, g = (rng.integers(0, 1 if zero else 2, (n, 3)) * 1.0 for n in (num_q, num_g))
+        sizes, values = (num_q, num_g, num_q, num_g), (q_pids, g_pids, q_camids, g_camids)
+        full = [None if v is None else np.zeros(n, np.int64) + v for n, v in zip(sizes, values, strict=True)]
+        return Case(q, g, *full, **options)
+
+    return [
+        case(1, 1, 0, 0),
+        case(1, 7, 0, 0),  # one query, everything matches
+        case(5, 9, 0, 1),  # no match at all
+        case(5, 9, 0, 0, g_camids=0),  # all junk
+        case(5, 9, np.arange(5) % 2, 0, g_camids=0),  # all junk or no match
+        case(4, 3, 0, np.array([0, 1, 1]), chunk=100),  # a gallery smaller than the chunk and than W
+        case(3, 7, 0, np.arange(7) % 2),  # not divisible by W
+        case(60, 60, np.arange(60) % 3, np.arange(60) % 3, seed=4),
+        case(2, 90, 0, np.arange(90) // 89),  # the first match beyond the end of the CMC, or all but one
+        case(2, 90, 1, np.arange(90) // 89),
+        case(2, 9, 0, np.arange(9) % 2, zero=True),  # a collapsed network: every distance the same
+        case(2, 9, 0, np.arange(9) % 2, None, None, zero=True, metric="cosine", chunk=1),
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_degenerate_input(world_size):
+    cases = degenerate_cases()
+    results = evaluate_on(world_size, cases)
+    for case, result in zip(cases, results, strict=True):
+        assert_equal(result, reference(case))
+    for result in results[2:5]:
+        assert result.num_no_match == result.num_query == 5
+        assert result.mAP == result.mINP == result.rank1 == 0
+
+
+def test_negative_control_wrong_rules_are_seen():
+    """The same comparison fails against a reference without the junk rule, and against one with ties the other way."""
+    cases = [make_case(9, 30, 3, 3, 2, kind, seed) for kind in ("integers", "signs") for seed in range(5)]
+    for case, result in zip(cases, evaluate_cases(cases), strict=True):
+        assert_equal(result, reference(case))
+        for wrong in ({"junk_rule": False}, {"later_first": True}):
+            with pytest.raises(AssertionError):
+                assert_equal(result, reference(case, **wrong))
+
+
+def test_negative_control_without_the_tie_step(monkeypatch):
+    case = make_case(9, 30, 3, 3, 2, "integers", 0)
+    monkeypatch.setattr(evaluator.metrics, "blocks", lambda num_rows, row_bytes: iter([slice(0, 0)]))
+    monkeypatch.setattr(evaluator, "_square_norms", lambda feats, dtype: feats.to(dtype).square().sum(1))
+    with pytest.raises(AssertionError):
+        assert_equal(evaluate_cases([case])[0], reference(case))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_an_argsort_of_the_same_computed_distances(metric, dtype):
+    """Real-valued features with every gallery row three times: whatever the product's last bits are."""
+    case = make_case(60, 900, 64, 20, 3, "normal", 5, metric=metric, dtype=dtype)
+    case.g = np.tile(case.g[:300], (3, 1))
+    query, gallery = case.features("q", 0, 1), case.features("g", 0, 1)
+    mine = evaluator._Shard(gallery, metric)
+    tile = np.empty((60, 900))
+    tile[np.ix_(query.indices, gallery.indices)] = mine.distances(query.feats, mine.new_tile(60)).numpy()
+    assert_equal(evaluate_features(query, gallery, metric, chunk=60), reference(case, tile))
+
+
+@pytest.mark.ranks
+def test_world_sizes_agree_on_real_features():
+    cases = [make_case(150, 701, 32, 40, 4, "normal", seed, metric=m) for seed, m in ((0, "cosine"), (1, "euclidean"))]
+    wanted = [reference(case) for case in cases]
+    for world_size in WORLD_SIZES:
+        for result, numbers in zip(evaluate_on(world_size, cases), wanted, strict=True):
+            assert_equal(result, numbers)
+
+
+def test_the_tile_keeps_to_its_budget(monkeypatch):
+    case = make_case(50, 200, 8, 10, 3, "normal", 3)
+    shapes = []
+    distances = evaluator._Shard.distances
+    monkeypatch.setattr(
+        evaluator._Shard, "distances", lambda self, *args: shapes.append(len(args[0])) or distances(self, *args)
+    )
+    monkeypatch.setattr(evaluator, "TILE_BYTES", 7 * 200 * 8)
+    (result,) = evaluate_cases([case])
+    assert shapes == [7] * 7 + [1]
+    assert_equal(result, reference(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_half_types_are_computed_in_float32(dtype, metric, monkeypatch):
+    monkeypatch.setattr(evaluator.metrics, "BLOCK_BYTES", 16 * 4 * 10)  # ten rows a block
+    case = make_case(20, 75, 16, 6, 2, "normal", 7, metric=metric, dtype=dtype)
+    case.q, case.g = (torch.from_numpy(a).to(dtype).double().numpy() for a in (case.q, case.g))
+    assert_equal(evaluate_cases([case])[0], reference(case))
+
+
+def list_cases(cases_and_queries, k):
+    return [
+        ranked_lists(*(c.features(s, dist.rank(), dist.world_size()) for s in "qg"), chosen, k, c.metric)
+        for c, chosen in cases_and_queries
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranked_lists_equal_a_stable_argsort(world_size):
+    cases = [make_case(6, 23, 3, 4, 2, kind, seed) for kind in ("integers", "signs", "normal") for seed in range(8)]
+    chosen = [[4, 0, 4, 5], [], [1]] * 8
+    by_rank = run_ranks(world_size, list_cases, list(zip(cases, chosen, strict=True)), 21)
+    for results in by_rank:
+        for case, queries, lists in zip(cases, chosen, results, strict=True):
+            distances = dense_distances(case)
+            assert [found.query_index for found in lists] == queries
+            for i, found in zip(queries, lists, strict=True):
+                order, match = ranked(case, distances, i)
+                assert found.gallery_indices.tolist() == order[:21].tolist()
+                assert found.is_match.tolist() == match[:21].tolist()
+                np.testing.assert_allclose(found.distances, distances[i][order[:21]], atol=1e-12)
+                compared["ranked lists"] += 1
+
+
+def failures(changes):
+    """The message of evaluate_features on this rank for every (side, field, value made from the rows' tensor)."""
+    case, messages = make_case(4, 8, 3, 2, 2, "normal", 0, seed=0), []
+    for side, field, change, on_rank in changes:
+        parts = {s: case.features(s, 0, 1) for s in "qg"}
+        for part in parts.values():
+            for f in fields(part):
+                setattr(part, f.name, getattr(part, f.name)[part.indices.argsort()][dist.rank() :: dist.world_size()])
+        if on_rank == dist.rank():
+            setattr(parts[side], field, change(getattr(parts[side], field)))
+        try:
+            evaluate_features(parts["q"], parts["g"])
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def put(tensor, value):
+    tensor = tensor.clone()
+    tensor[0] = value
+    return tensor
+
+
+FAULTS = [
+    ("q", "feats", lambda t: put(t, float("nan")), 1, ["rank 1: query", "dataset index [1]"]),
+    ("g", "feats", lambda t: put(t, float("inf")), 1, ["rank 1: gallery", "dataset index [1]"]),
+    ("g", "feats", lambda t: put(t, 1e160), 0, ["rank 0: gallery", "overflowing", "[0]"]),
+    ("g", "feats", lambda t: t.float(), 1, ["rank 1's gallery", "float32", "float64"]),
+    ("q", "feats", lambda t: t[:, :2], 1, ["rank 1's query", "width 2", "width 3"]),
+    ("g", "feats", lambda t: t[0], 0, ["gallery: feats", "(3,)"]),
+    ("g", "camids", lambda t: None, 1, ["rank 1's gallery", "no camids"]),
+    ("g", "pids", lambda t: t.int(), 1, ["gallery: pids", "torch.int32"]),
+    ("g", "indices", lambda t: t[:-1], 1, ["gallery: indices", "(3,)"]),
+    ("g", "indices", lambda t: put(t, 4), 1, ["gallery: dataset indices missing [1]", "more than once [4]", "0..7"]),
+    ("q", "indices", lambda t: put(t, -1), 0, ["query: dataset indices missing [0]", "0..3"]),
+    ("q", "indices", lambda t: put(t, 9), 0, ["query: dataset indices missing [0]"]),
+]
+
+
+@pytest.mark.ranks
+def test_wrong_input_is_an_error_that_says_which_on_every_rank():
+    first, second = run_ranks(2, failures, [fault[:4] for fault in FAULTS])
+    assert first == second
+    for message, (*_, parts) in zip(first, FAULTS, strict=True):
+        assert all(part in message for part in parts), (message, parts)
+
+
+def test_wrong_arguments():
+    query, gallery = (make_case(3, 5, 2, 2, 2, "normal", 0).features(s, 0, 1) for s in "qg")
+    empty = Features(*(getattr(query, f.name)[:0] for f in fields(query)))
+    for message, call in (
+        ("query: no rows", lambda: evaluate_features(empty, gallery)),
+        ("gallery: no rows", lambda: evaluate_features(query, empty)),
+        ("metric='l2'", lambda: evaluate_features(query, gallery, "l2")),
+        ("chunk=0", lambda: evaluate_features(query, gallery, chunk=0)),
+        (r"query_rows \[3\]", lambda: ranked_lists(query, gallery, [0, 3])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_shares_cover_everything_once(num, world_size):
+    shares = [shard(num, r, world_size) for r in range(world_size)]
+    assert [i for share in shares for i in share] == list(range(num))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class Net(torch.nn.Module):
+    """Tells left from right, and training from evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 4 * 2, 5)
+        self.bn = torch.nn.BatchNorm1d(5)
+
+    def forward(self, images):
+        return self.bn(self.linear(images.flatten(1)))
+
+
+def test_extract_adds_the_flipped_image_and_restores_the_flags():
+    torch.manual_seed(0)
+    net, images, indices = Net().train(), torch.randn(7, 3, 4, 2), torch.arange(7) * 3
+    net.linear.eval()
+    before, seen = {k: v.clone() for k, v in net.state_dict().items()}, []
+    batches = [(images[a : a + 3], indices[a : a + 3]) for a in (0, 3, 6)]
+    feats, rows = extract(net, batches, 7, 5, torch.device("cpu"), progress=seen.append)
+    assert (net.training, net.bn.training, net.linear.training) == (True, True, False)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    wanted = net.eval()(images) + net(images.flip(-1))
+    torch.testing.assert_close(feats, wanted.detach(), rtol=0, atol=1e-6)
+    assert torch.equal(rows, indices) and seen == [3, 3, 1] and not feats.requires_grad
+
+    half, _ = extract(net, batches, 7, 5, torch.device("cpu"), autocast=torch.bfloat16)
+    assert half.dtype == torch.float32 and 0 < (half - feats).abs().max() < 0.1
+    double, _ = extract(net.double(), [(i.double(), r) for i, r in batches], 7, 5, torch.device("cpu"))
+    assert double.dtype == torch.float64
+    none, no_rows = extract(net, [], 0, 5, torch.device("cpu"))
+    assert none.shape == (0, 5) and none.dtype == torch.float64 and no_rows.shape == (0,)
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_extract_wants_the_number_of_images_it_was_told(num):
+    net = Net().train()
+    with pytest.raises(ValueError, match=f"num={num}"):
+        extract(net, [(torch.zeros(3, 3, 4, 2), torch.arange(3))], num, 5, torch.device("cpu"))
+    assert net.training
+
+
+def test_number_of_cases(capsys):
+    """Last: says how much was compared in this run."""
+    with capsys.disabled():
+        print("\nevaluator: compared " + ", ".join(f"{n:,} {what}" for what, n in compared.items()))

@@ -1,0 +1,324 @@
+import io
+import itertools
+import multiprocessing
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from reid_dist.data import loader
+from reid_dist.data.pipeline import ERASED, MEAN, STD, Request, finish, open_images, resolve
+from reid_dist.data.plan import EpochPlan
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 64, 32
+
+try:
+    import nvidia.dali  # noqa: F401
+
+    no_dali = None
+except ImportError as error:
+    no_dali = f"DALI cannot be imported: {error}"
+
+dali_only = pytest.mark.skipif(no_dali is not None, reason=str(no_dali))
+PIPELINES = [pytest.param("dali", marks=dali_only), "torch"]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Like the dataset index: a bound method of a frozen dataclass goes to the workers."""
+
+    files: tuple[str, ...]
+
+    def path_of(self, index: int) -> str:
+        return self.files[index]
+
+
+def drawing(height, width, seed, noise=6):
+    """A figure of ellipses and boxes on a gradient, with some noise: about as smooth as a photograph."""
+    rng = np.random.default_rng(seed)
+    slope = (
+        np.linspace(0, 1, width)[None, :, None] * rng.integers(0, 128, 3) + np.linspace(0, 100, height)[:, None, None]
+    )
+    image = Image.fromarray(slope.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        h, w = rng.integers(4, height // 2), rng.integers(4, width // 2)
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape([int(x), int(y), int(x + w), int(y + h)], fill=tuple(rng.integers(0, 256, 3).tolist()))
+    pixels = np.asarray(image).astype(float) + rng.normal(0, noise, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """24 JPEGs of differing size, quality and chroma subsampling."""
+    folder = tmp_path_factory.mktemp("images")
+    files = []
+    for n in range(24):
+        file = folder / f"{n:02d}.jpg"
+        drawing(100 + 9 * (n % 7), 40 + 6 * (n % 5), n).save(file, quality=75 + n, subsampling=n % 3)
+        files.append(str(file))
+    return Paths(tuple(files))
+
+
+def images_of(requests, path_of, pipeline, *, batch=64, height=HEIGHT, width=WIDTH, num_workers=0):
+    stream = open_images(
+        requests, path_of, batch=batch, height=height, width=width,
+        pipeline=pipeline, decode_device="cpu", num_workers=num_workers, device=CPU,
+    )  # fmt: skip
+    with stream:
+        return list(stream)
+
+
+def request(indices, resize_hw=(HEIGHT, WIDTH), crop_yx=(0, 0), flip=False):
+    n = len(indices)
+    return Request(
+        np.asarray(indices, dtype=np.int64),
+        np.tile(np.array(resize_hw, dtype=np.int32), (n, 1)),
+        np.tile(np.array(crop_yx, dtype=np.int32), (n, 1)),
+        np.full(n, flip),
+    )
+
+
+def make_plan(**changes):
+    arguments = {
+        "batch": 8, "num_instances": 2, "sampler": "identity", "seed": 3,
+        "height": HEIGHT, "width": WIDTH, "rc_prob": 0.5, "re_prob": 0.5,
+    }  # fmt: skip
+    return EpochPlan(np.arange(24) // 4, **(arguments | changes))
+
+
+def train_loader(paths, pipeline, plan=None, *, rank=0, world_size=1, num_workers=0, dtype=torch.float32, **start):
+    return loader.TrainLoader(
+        paths.path_of, plan or make_plan(), rank=rank, world_size=world_size, device=CPU, dtype=dtype,
+        pipeline=pipeline, decode_device="cpu", num_workers=num_workers, **start,
+    )  # fmt: skip
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+@dali_only
+def test_dali_decodes_like_pil(tmp_path):
+    """At their own size images are only decoded: every format gives PIL's pixels exactly."""
+    files = {}
+    image = drawing(HEIGHT, WIDTH, 0)
+    for subsampling in range(3):
+        files[f"{subsampling}.jpg"] = {"quality": 90, "subsampling": subsampling}
+    files |= {"progressive.jpg": {"progressive": True}, "plain.png": {}}
+    for name, options in files.items():
+        image.save(tmp_path / name, **options)
+    image.convert("L").save(tmp_path / "grey.jpg")
+    image.convert("L").save(tmp_path / "grey.png")
+    image.quantize(64).save(tmp_path / "palette.png")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    all_files = sorted(str(f) for f in tmp_path.iterdir())
+    assert len(all_files) == 9
+    requests = [request(range(9))]
+    (dali,) = images_of(requests, Paths(tuple(all_files)).path_of, "dali")
+    (pil,) = images_of(requests, Paths(tuple(all_files)).path_of, "torch")
+    for n, file in enumerate(all_files):
+        assert torch.equal(dali[n], pil[n]), file
+        assert np.array_equal(pil[n].numpy(), np.asarray(Image.open(file).convert("RGB"))), file
+
+
+@dali_only
+@pytest.mark.parametrize("size", [(256, 128), (288, 144), (64, 32)])
+def test_dali_resizes_like_pil(paths, size):
+    requests = [request(range(24), resize_hw=size)]
+    (dali,) = images_of(requests, paths.path_of, "dali", height=size[0], width=size[1])
+    (pil,) = images_of(requests, paths.path_of, "torch", height=size[0], width=size[1])
+    difference = (dali.int() - pil.int()).abs()
+    assert difference.max() <= 2
+    assert (difference > 1).float().mean() < 1e-3
+    assert difference.float().mean() < 0.3
+    # Rounding, no shift or gain: the differences have no sign.
+    assert (dali.float() - pil.float()).mean().abs() < 0.1
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_crop_and_flip_are_exact(paths, pipeline):
+    (whole,) = images_of([request(range(24), (72, 36))], paths.path_of, pipeline, height=72, width=36)
+    requests = [request(range(24), (72, 36), corner, flip) for corner in [(0, 0), (8, 4), (3, 1)] for flip in [0, 1]]
+    for asked, images in zip(requests, images_of(requests, paths.path_of, pipeline), strict=True):
+        y, x = asked.crop_yx[0]
+        expected = whole[:, y : y + HEIGHT, x : x + WIDTH]
+        assert torch.equal(images, expected.flip(2) if asked.flip[0] else expected)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_blocks_of_colour_stay_in_place(tmp_path, pipeline):
+    # Quarters of four colours, sizes doubled by the resize: away from the seams every pixel is its quarter's colour.
+    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], dtype=np.uint8)
+    Image.fromarray(colours.repeat(16, 0).repeat(8, 1)).save(tmp_path / "a.png")
+    path_of = Paths((str(tmp_path / "a.png"),)).path_of
+    (image,) = images_of([request([0])], path_of, pipeline)[0]
+    expected = torch.from_numpy(colours.repeat(32, 0).repeat(16, 1))
+    clear = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+    clear[31:33] = False
+    clear[:, 15:17] = False
+    assert torch.equal(image[clear], expected[clear])
+    # Half way between two colours on both sides of the seam, not shifted to one.
+    assert abs(int(image[10, 15, 0]) - int(image[10, 16, 1])) <= 1
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_exif_orientation_is_applied(tmp_path, pipeline):
+    image = drawing(WIDTH, HEIGHT, 1)  # lies on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    (turned,) = images_of([request([0])], Paths((str(tmp_path / "a.jpg"),)).path_of, pipeline)[0]
+    image.save(tmp_path / "b.jpg", quality=95)
+    plain = np.asarray(Image.open(tmp_path / "b.jpg"))
+    assert np.array_equal(turned.numpy(), np.rot90(plain, -1))
+
+
+# --- finish -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_finish(dtype):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8))
+    boxes = [[5, 3, 20, 10], [0, 0, 0, 0], [44, 22, 20, 10]]
+    result = finish(images, torch.tensor(boxes, dtype=torch.int32), dtype)
+    assert result.dtype == dtype and result.shape == (3, 3, HEIGHT, WIDTH)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for n, (y, x, h, w) in enumerate(boxes):
+        for c in range(3):
+            # As torchvision does it, one channel after the other.
+            expected = images[n, :, :, c].to(compute).div(255)
+            expected = expected.sub(torch.tensor(MEAN[c], dtype=compute)).div(torch.tensor(STD[c], dtype=compute))
+            expected[y : y + h, x : x + w] = ERASED[c]
+            assert torch.equal(result[n, c], expected.to(dtype))
+    assert torch.equal(finish(images, None, dtype)[1], result[1])
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+def take(stream, num):
+    with stream:
+        return list(itertools.islice(stream, num))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_stream_over_three_epochs_is_the_plan(paths, pipeline):
+    plan = make_plan()
+    batches = take(train_loader(paths, pipeline, plan), 3 * plan.num_steps)
+    assert [(b.epoch, b.step) for b in batches] == [(e, s) for e in (1, 2, 3) for s in range(plan.num_steps)]
+    for b in batches:
+        step = plan.step(b.epoch, b.step)
+        assert np.array_equal(b.indices, step.indices) and np.array_equal(b.pids, step.pids)
+        assert b.indices.dtype == b.pids.dtype == torch.int64 and b.data_wait >= 0
+        # The images belong to these indices (and were not overwritten by later steps).
+        asked = Request(step.indices, step.resize_hw, step.crop_yx, step.flip)
+        (images,) = images_of([asked], paths.path_of, pipeline)
+        assert torch.equal(b.images, finish(images, torch.from_numpy(step.erase), torch.float32))
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_same_bits_for_any_world_size_and_number_of_workers(paths, pipeline):
+    whole = take(train_loader(paths, pipeline), 5)
+    for world_size, num_workers in [(2, 1), (4, 2)]:
+        ranks = [
+            take(train_loader(paths, pipeline, rank=r, world_size=world_size, num_workers=num_workers), 5)
+            for r in range(world_size)
+        ]
+        for expected, *blocks in zip(whole, *ranks, strict=True):
+            assert torch.equal(torch.cat([b.images for b in blocks]), expected.images)
+            assert torch.equal(torch.cat([b.pids for b in blocks]), expected.pids)
+            assert torch.equal(torch.cat([b.indices for b in blocks]), expected.indices)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_resumes_in_mid_epoch(paths, pipeline):
+    plan = make_plan()
+    straight = take(train_loader(paths, pipeline, plan), plan.num_steps + 2)
+    for done in (1, plan.num_steps):  # the last is the end of epoch 1
+        again = take(train_loader(paths, pipeline, plan, epoch=1, step=done), 2)
+        for a, b in zip(again, straight[done:], strict=False):
+            assert (a.epoch, a.step) == (b.epoch, b.step) and torch.equal(a.images, b.images)
+    with pytest.raises(ValueError, match="expected 0 to"):
+        train_loader(paths, pipeline, plan, step=plan.num_steps + 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_test_batches(paths, pipeline, num_workers):
+    arguments = {
+        "height": HEIGHT, "width": WIDTH, "device": CPU, "dtype": torch.float64,
+        "pipeline": pipeline, "decode_device": "cpu", "num_workers": num_workers,
+    }  # fmt: skip
+    indices = np.array([7, 3, 3, 20, 0, 11, 5])
+    found = list(loader.test_batches(paths.path_of, indices, batch=3, **arguments))
+    assert [i.tolist() for _, i in found] == [[7, 3, 3], [20, 0, 11], [5]]
+    (plain,) = images_of([request(indices)], paths.path_of, pipeline)
+    assert torch.equal(torch.cat([images for images, _ in found]), finish(plain, None, torch.float64))
+    assert list(loader.test_batches(paths.path_of, np.zeros(0, int), batch=3, **arguments)) == []
+
+
+# --- failures and ends ------------------------------------------------------------------------------------------------
+
+
+def damaged(kind, folder):
+    file = folder / f"{kind}.jpg"
+    buffer = io.BytesIO()
+    drawing(100, 50, 0).save(buffer, "JPEG")
+    contents = {"text": b"no image", "empty": b"", "cut": buffer.getvalue()[:900]}
+    if kind != "missing":
+        file.write_bytes(contents[kind])
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "num_workers"), [pytest.param("dali", 2, marks=dali_only), ("torch", 0), ("torch", 1)]
+)
+@pytest.mark.parametrize("kind", ["text", "empty", "cut", "missing"])
+def test_a_bad_file_is_named(paths, tmp_path, kind, pipeline, num_workers):
+    path_of = Paths((*paths.files, damaged(kind, tmp_path))).path_of
+    requests = [request([0, 1]), request([2, 24, 3]), request([4])]
+    with pytest.raises(ValueError, match=rf"^image .*{kind}\.jpg: .") as caught:
+        images_of(requests, path_of, pipeline, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_nothing_runs_after_close(paths, pipeline, num_workers):
+    threads, os_threads = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
+    stream = train_loader(paths, pipeline, num_workers=num_workers)
+    next(stream)
+    running = multiprocessing.active_children() + threading.enumerate()[threads:]
+    assert running
+    stream.close()
+    stream.close()
+    assert multiprocessing.active_children() == [] and threading.active_count() == threads
+    deadline = time.monotonic() + 5
+    while len(list(Path("/proc/self/task").iterdir())) > os_threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(list(Path("/proc/self/task").iterdir())) <= os_threads
+
+
+def test_resolve():
+    cuda = torch.device("cuda", 0)
+    assert resolve("torch", "auto", cuda) == ("torch", "cpu")
+    with pytest.raises(ValueError, match=r"DATA\.DECODE_DEVICE gpu"):
+        resolve("torch", "gpu", cuda)
+    with pytest.raises(ValueError, match=r"DATA\.DECODE_DEVICE gpu"):
+        resolve("auto", "gpu", CPU)
+    if no_dali is None:
+        assert resolve("auto", "auto", cuda) == ("dali", "gpu")
+        assert resolve("auto", "auto", CPU) == ("dali", "cpu")
+    else:
+        assert resolve("auto", "auto", CPU) == ("torch", "cpu")
+        with pytest.raises(ValueError, match=r"DATA\.PIPELINE dali"):
+            resolve("dali", "auto", CPU)

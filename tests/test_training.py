@@ -1,0 +1,136 @@
+"""The whole trainer, as a user starts it: the same numbers on every number of ranks, and after a resume."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from reid_dist import train
+from reid_dist.data.synthetic import draw_dataset
+from reid_dist.models import MODELS, Backbone
+from tests import ranks
+from tests.ranks import run_ranks
+
+
+def build_plain(last_stride=1):
+    """Two convolutions without batch norm."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 16, 3, 2), nn.Tanh())
+
+
+MODELS["plain"] = Backbone(build_plain, 16)
+
+SMALL = (
+    "DATA.HEIGHT 32 DATA.WIDTH 16 DATA.TRAIN_BATCH 16 DATA.NUM_INSTANCES 4 DATA.NUM_WORKERS 1 DATA.TEST_BATCH 50 "
+    "MODEL.PRETRAINED '' TRAIN.PRECISION fp64 TRAIN.LOG_STEP 1 TRAIN.OPTIMIZER.LR 0.003 TEST.EVAL_STEP 0 TAG t"
+).replace("''", "NONE")
+PLAIN = "MODEL.NAME plain MODEL.FEATURE_DIM 16 MODEL.BN_GROUP 8"
+TINY = "MODEL.NAME tiny MODEL.FEATURE_DIM 128"
+
+
+@pytest.fixture(scope="session")
+def pedestrians(tmp_path_factory):
+    return draw_dataset(tmp_path_factory.mktemp("data") / "set", ids=8, cams=2, images=3, seed=0)
+
+
+def arguments(root, output, text):
+    words = [("" if w == "NONE" else w) for w in f"{SMALL} {text}".split()]
+    return ["--root", str(root), "--output", str(output), *words]
+
+
+def start(argv):
+    """On each rank: what `python -m reid_dist.train` runs."""
+    train.main(ranks.world, argv)
+
+
+def run(world_size, root, output, text):
+    """(train events, last eval event) of a run on so many ranks."""
+    run_ranks(world_size, start, arguments(root, output, text))
+    lines = (Path(output) / "market1501/t/metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    return [e for e in events if e["event"] == "train"], [e for e in events if e["event"] == "eval"]
+
+
+def losses_of(events):
+    return np.array([[e["loss_cla"], e["loss_pair"]] for e in events])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("network", [PLAIN, f"{TINY} MODEL.BN_GROUP 8", f"{TINY} MODEL.BN_GROUP 0"])
+def test_twenty_steps_are_the_same_on_1_2_and_4_ranks(pedestrians, tmp_path, network):
+    results = {w: run(w, pedestrians, tmp_path / str(w), f"TRAIN.MAX_STEPS 20 {network}") for w in (1, 2, 4)}
+    one, (eval_one,) = results[1]
+    assert [e["step"] for e in one] == list(range(1, 21))
+    for w in (2, 4):
+        many, (eval_many,) = results[w]
+        np.testing.assert_allclose(losses_of(many), losses_of(one), rtol=1e-9, atol=1e-9)
+        for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
+            assert eval_many[name] == pytest.approx(eval_one[name], abs=1e-9)
+        assert [eval_many[k] for k in ("num_query", "num_gallery")] == [eval_one[k] for k in ("num_query", "num_gallery")]
+    other, _ = run(2, pedestrians, tmp_path / "other", f"TRAIN.MAX_STEPS 20 {network} SEED 1")
+    assert np.abs(losses_of(other) - losses_of(one)).max() > 1e-3
+
+
+@pytest.mark.ranks
+def test_without_gather_the_world_size_shows(pedestrians, tmp_path):
+    text = f"TRAIN.MAX_STEPS 3 {PLAIN} LOSS.GATHER false"
+    one, four = (run(w, pedestrians, tmp_path / str(w), text)[0] for w in (1, 4))
+    assert np.abs(losses_of(one) - losses_of(four)).max() > 1e-3
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_resumed_run_is_bitwise_the_straight_one(pedestrians, tmp_path, world_size):
+    text = f"{TINY} MODEL.BN_GROUP 4 DATA.TRAIN_BATCH 24 DATA.NUM_INSTANCES 2 TRAIN.PRECISION fp32"
+    straight, _ = run(world_size, pedestrians, tmp_path / "a", f"{text} TRAIN.MAX_STEPS 8")
+    run(world_size, pedestrians, tmp_path / "b", f"{text} TRAIN.MAX_STEPS 5")
+    resumed, evals = run(world_size, pedestrians, tmp_path / "b", f"{text} TRAIN.MAX_STEPS 8 MODEL.RESUME auto")
+    np.testing.assert_array_equal(losses_of(resumed), losses_of(straight))
+    assert [e["step"] for e in resumed] == list(range(1, 9))
+    assert [e["step"] for e in evals] == [5, 8]
+    load = partial(torch.load, weights_only=True)
+    a, b = (load(tmp_path / f / "market1501/t/checkpoints/step_000000008.pt") for f in "ab")
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for key, entry in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][key][k]) for k, v in entry.items())
+
+
+@pytest.mark.ranks
+def test_resuming_on_other_ranks_goes_on_with_the_same_numbers(pedestrians, tmp_path):
+    text = f"{PLAIN} TRAIN.MAX_STEPS"
+    straight, _ = run(1, pedestrians, tmp_path / "a", f"{text} 8")
+    run(2, pedestrians, tmp_path / "b", f"{text} 5")
+    resumed, _ = run(4, pedestrians, tmp_path / "b", f"{text} 8 MODEL.RESUME auto")
+    np.testing.assert_allclose(losses_of(resumed), losses_of(straight), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.ranks
+def test_resume_with_other_mathematics_is_an_error(pedestrians, tmp_path, capfd):
+    run(1, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 2")
+    with pytest.raises(AssertionError, match="UserError"):
+        run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 SEED 3 MODEL.RESUME auto")
+    error = capfd.readouterr().err
+    assert error.count("SEED 0 -> 3") == 1 and "ALLOW_CHANGES" in error
+    events, _ = run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 SEED 3 MODEL.RESUME auto TRAIN.ALLOW_CHANGES true")
+    assert [e["step"] for e in events] == [1, 2, 3, 4]
+
+
+@pytest.mark.ranks
+def test_what_a_run_leaves_behind(pedestrians, tmp_path):
+    events, evals = run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_EPOCH 2 TEST.EVAL_STEP 1")
+    folder = tmp_path / "market1501/t"
+    train_keys = "event epoch step loss loss_cla loss_pair acc lr images_per_s data_wait".split()
+    assert list(events[0]) == train_keys and {e["epoch"] for e in events} == {1, 2}
+    assert events[0]["loss"] == pytest.approx(events[0]["loss_cla"] + events[0]["loss_pair"])
+    eval_keys = "mAP mINP rank1 rank5 rank10 num_query num_gallery num_no_match seconds epoch event step".split()
+    assert sorted(evals[0]) == sorted(eval_keys) and [e["epoch"] for e in evals] == [1, 2]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["final"] == evals[-1]
+    assert (folder / "ranked_lists.png").read_bytes().startswith(b"\x89PNG")
+    assert "MAX_EPOCH: 2" in (folder / "config.yaml").read_text()
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir())[0] == "best.pt"
+    assert not list(folder.rglob(".*"))
