@@ -117,13 +117,10 @@ def evaluate_features(  # all ranks
     query or gallery.
     """
     begin = time.perf_counter()
-    _check(query, gallery, metric, chunk)
+    num_rows, shard_sizes = _check(query, gallery, metric, chunk)
     mine = _Shard(gallery, metric)
-    num_rows = dist.all_gather_sizes(len(query.feats))
-    shard_sizes = dist.all_gather_sizes(len(gallery.feats))
-    pids = dist.all_gather_rows(query.pids)
-    camids = dist.all_gather_rows(_camids(query, -1))
-    indices = dist.all_gather_rows(query.indices).cpu().numpy()
+    pids, camids, places = _gather_labels(query)
+    indices = places.cpu().numpy()
     if chunk is None:
         # The matches of a chunk (4 float64 each) count as well: with few identities they outweigh the tile.
         num_same = int(dist.all_sum(mine.num_same_pid(pids)).max())
@@ -161,14 +158,14 @@ def ranked_lists(  # all ranks
     mine = _Shard(gallery, metric)
     wanted = torch.as_tensor(query_rows, dtype=torch.int64, device=query.indices.device)
     have = torch.isin(query.indices, wanted)
-    place = {index: i for i, index in enumerate(dist.all_gather_rows(query.indices[have]).tolist())}
+    pids, camids, places = _gather_labels(query, have)
+    place = {index: i for i, index in enumerate(places.tolist())}
     unknown = [index for index in query_rows if index not in place]
     if unknown:
         raise ValueError(f"ranked_lists: query_rows {unknown[:5]}; expected indices of the query list")
     order = torch.tensor([place[index] for index in query_rows], dtype=torch.int64, device=wanted.device)
     feats = dist.all_gather_rows(query.feats[have].to(mine.dtype))[order]
-    pids = dist.all_gather_rows(query.pids[have])[order]
-    camids = dist.all_gather_rows(_camids(query, -1)[have])[order]
+    pids, camids = pids[order], camids[order]
 
     lists = []
     tile = mine.new_tile(1)
@@ -183,7 +180,7 @@ def ranked_lists(  # all ranks
         first = first[first[:, 0].isfinite()]
         values = first[:, 0]
         if metric == "euclidean":
-            values = (values + _square_norms(feats[i : i + 1], mine.dtype).double()).clamp_min(0)
+            values = (values + metrics.square_norms(feats[i : i + 1], mine.dtype).double()).clamp_min(0)
         numbers, is_match = first[:, 1].long(), first[:, 2].bool()
         lists.append(RankedList(int(index), numbers.cpu().numpy(), values.cpu().numpy(), is_match.cpu().numpy()))
     return lists
@@ -197,7 +194,7 @@ class _Shard:
         self.camids = _camids(gallery, -2)
         self.metric = metric
         self.dtype = _compute_dtype(gallery.feats)
-        squares = _square_norms(gallery.feats, self.dtype)
+        squares = metrics.square_norms(gallery.feats, self.dtype)
         self.column = squares if metric == "euclidean" else squares.sqrt().clamp_min(MIN_NORM).reciprocal()
         self.by_pid = self.pids.argsort(stable=True)
         self.sorted_pids = self.pids[self.by_pid]
@@ -214,7 +211,7 @@ class _Shard:
         if self.metric == "euclidean":
             feats = feats * -2
         else:
-            feats = feats / -_square_norms(feats, self.dtype).sqrt().clamp_min(MIN_NORM)[:, None]
+            feats = feats / -metrics.square_norms(feats, self.dtype).sqrt().clamp_min(MIN_NORM)[:, None]
         tile = tile[: len(feats)]
         if self.feats.dtype == self.dtype:
             torch.mm(feats, self.feats.T, out=tile)
@@ -262,6 +259,11 @@ def _broadcast_rows(feats: torch.Tensor, rows: range, dtype: torch.dtype, source
     return dist.broadcast(out.to(dtype).contiguous(), source)
 
 
+def _gather_labels(query: Features, have: torch.Tensor | slice = slice(None)) -> torch.Tensor:  # all ranks
+    """(3, Q) int64 on every rank: pids, camids and indices of the rows that `have` picks, in rank order."""
+    return dist.all_gather_rows(torch.stack([query.pids, _camids(query, -1), query.indices], 1)[have]).T.contiguous()
+
+
 def _camids(rows: Features, otherwise: int) -> torch.Tensor:
     """The camids; without them `otherwise`, which differs between query and gallery: nothing is junk."""
     return rows.pids.new_full((len(rows.pids),), otherwise) if rows.camids is None else rows.camids
@@ -271,33 +273,33 @@ def _compute_dtype(feats: torch.Tensor) -> torch.dtype:
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
 
 
-def _square_norms(feats: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(n,) of `dtype`; exact for small integers, as a squared root would not be."""
-    out = torch.empty(len(feats), dtype=dtype, device=feats.device)
-    for rows in metrics.blocks(len(feats), feats.shape[1] * dtype.itemsize):
-        out[rows] = feats[rows].to(dtype).square().sum(1)
-    return out
+def _check(  # all ranks
+    query: Features, gallery: Features, metric: Metric, chunk: int | None
+) -> tuple[list[int], list[int]]:
+    """The number of query and of gallery rows on each rank.
 
-
-def _check(query: Features, gallery: Features, metric: Metric, chunk: int | None) -> None:  # all ranks
-    """Raises the same ValueError on every rank if any rank's input is wrong or the ranks' inputs do not fit."""
+    Raises the same ValueError on every rank if any rank's input is wrong or the ranks' inputs do not fit.
+    """
     if metric not in ("cosine", "euclidean"):
         problem = f"metric={metric!r}; expected 'cosine' or 'euclidean'"
     elif chunk is not None and chunk < 1:
         problem = f"chunk={chunk}; expected at least 1, or None"
     else:
         problem = _row_problem("query", query) or _row_problem("gallery", gallery)
-    problems = dist.gather_objects(problem)
-    for r, message in enumerate(problems):
+    facts = () if problem else (_facts(query, metric, chunk), _facts(gallery, metric, chunk))
+    sizes = (len(query.feats), len(gallery.feats))
+    ranks = dist.gather_objects((problem, facts, sizes))
+    for r, (message, *_) in enumerate(ranks):
         if message:
-            raise ValueError(f"rank {r}: {message}" if len(problems) > 1 else message)
-    facts = dist.gather_objects([_facts(rows, metric, chunk) for rows in (query, gallery)])
-    for r, sides in enumerate(facts):
-        for name, found in zip(("query", "gallery"), sides, strict=True):
-            if found != facts[0][0]:
-                raise ValueError(f"rank {r}'s {name} has {found}, rank 0's query {facts[0][0]}; expected the same")
-    _check_coverage("query", query.indices)
-    _check_coverage("gallery", gallery.indices)
+            raise ValueError(f"rank {r}: {message}" if len(ranks) > 1 else message)
+    wanted = ranks[0][1][0]
+    for r, (_, found, _) in enumerate(ranks):
+        for name, fact in zip(("query", "gallery"), found, strict=True):
+            if fact != wanted:
+                raise ValueError(f"rank {r}'s {name} has {fact}, rank 0's query {wanted}; expected the same")
+    num_rows, shard_sizes = [n for *_, (n, _) in ranks], [n for *_, (_, n) in ranks]
+    _check_coverage({"query": query.indices, "gallery": gallery.indices}, (sum(num_rows), sum(shard_sizes)))
+    return num_rows, shard_sizes
 
 
 def _row_problem(name: str, rows: Features) -> str:
@@ -312,7 +314,7 @@ def _row_problem(name: str, rows: Features) -> str:
             return f"{name}: {field} is {found}; expected {wanted}"
     dtype = _compute_dtype(feats)
     # Beyond an eighth of the type's range a squared distance could overflow; NaN fails the comparison as well.
-    bad = ~(_square_norms(feats, dtype) < torch.finfo(dtype).max / 8)
+    bad = ~(metrics.square_norms(feats, dtype) < torch.finfo(dtype).max / 8)
     if bad.any():
         return f"{name}: NaN, infinite or overflowing feature at dataset index {rows.indices[bad][:5].tolist()}"
     return ""
@@ -324,29 +326,23 @@ def _facts(rows: Features, metric: Metric, chunk: int | None) -> str:
     return f"{arithmetic}, {'no ' * (rows.camids is None)}camids, metric {metric}, chunk {chunk}"
 
 
-def _check_coverage(name: str, indices: torch.Tensor) -> None:  # all ranks
-    """Raises ValueError unless the ranks hold 0..N-1, each exactly once, N being their rows together, N > 0.
+def _check_coverage(indices: dict[str, torch.Tensor], nums: tuple[int, int]) -> None:  # all ranks
+    """Raises ValueError unless the ranks hold 0..num-1, each exactly once, num > 0, of query and of gallery.
 
-    Compares sums of 64-bit hashes, so that 16 bytes a rank cross the network; gathers the indices only to name a fault.
+    Compares sums of 64-bit hashes, a few bytes a rank; gathers the indices only to name a fault.
     """
-    num = sum(dist.all_gather_sizes(len(indices)))
-    if num == 0:
-        raise ValueError(f"{name}: no rows on any rank; expected at least one")
-    mine = shard(num, dist.rank(), dist.world_size())
-    excess = _hash_sum(indices.cpu().numpy()) - _hash_sum(np.arange(mine.start, mine.stop))
-    if sum(dist.gather_objects(excess)) % 2**64 == 0:
-        return
-    values, counts = np.unique(dist.all_gather_rows(indices).cpu().numpy(), return_counts=True)
-    missing = np.setdiff1d(np.arange(num), values)[:5].tolist()
-    raise ValueError(
-        f"{name}: dataset indices missing {missing}, present more than once {values[counts > 1][:5].tolist()}; "
-        f"expected 0..{num - 1}, each once over all ranks"
-    )
-
-
-def _hash_sum(indices: metrics.Ints) -> int:
-    """Sum modulo 2^64 of the splitmix64 hashes (Steele et al. 2014); equal sums of other index sets do not happen."""
-    x = indices.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return int((x ^ (x >> np.uint64(31))).sum())
+    excess = []
+    for (name, mine), num in zip(indices.items(), nums, strict=True):
+        if num == 0:
+            raise ValueError(f"{name}: no rows on any rank; expected at least one")
+        share = shard(num, dist.rank(), dist.world_size())
+        excess.append(metrics.hash_sum(mine.cpu().numpy()) - metrics.hash_sum(np.arange(share.start, share.stop)))
+    sums = [sum(side) % 2**64 for side in zip(*dist.gather_objects(excess), strict=True)]
+    for (name, mine), num, wrong in zip(indices.items(), nums, sums, strict=True):
+        if wrong:
+            found, counts = np.unique(dist.all_gather_rows(mine).cpu().numpy(), return_counts=True)
+            missing, twice = np.setdiff1d(np.arange(num), found)[:5].tolist(), found[counts > 1][:5].tolist()
+            raise ValueError(
+                f"{name}: dataset indices missing {missing}, present more than once {twice}; "
+                f"expected 0..{num - 1}, each once over all ranks"
+            )

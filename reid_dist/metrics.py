@@ -1,4 +1,4 @@
-"""Counts over a tile of distances, and the metrics that follow from the ranks of the true matches; no process group.
+"""The evaluator's arithmetic, without a process group: counts over a tile of distances, metrics from ranks of matches.
 
 The metrics' input: the matches of Q queries in flat form. `ranks[offsets[i]:offsets[i + 1]]` are the 0-based
 positions, ascending, that query i's true matches take in its ranked list of valid gallery rows (junk left out). The
@@ -203,3 +203,19 @@ def lexsort(*keys: torch.Tensor) -> torch.Tensor:
     for key in keys[-2::-1]:
         order = order[(key[order] + 0).argsort(stable=True)]
     return order
+
+
+def square_norms(feats: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, D) -> (n,) of `dtype`, computed in it; exact for small integers, as a squared root would not be."""
+    out = torch.empty(len(feats), dtype=dtype, device=feats.device)
+    for rows in blocks(len(feats), feats.shape[1] * dtype.itemsize):
+        out[rows] = feats[rows].to(dtype).square().sum(1)
+    return out
+
+
+def hash_sum(indices: Ints) -> int:
+    """Sum modulo 2^64 of the splitmix64 hashes (Steele et al. 2014); equal sums of other index sets do not happen."""
+    x = indices.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((x ^ (x >> np.uint64(31))).sum())

@@ -154,44 +154,37 @@ def eval_event(epoch: int, step: int, result: Any) -> dict[str, Any]:
     return {"event": "eval", "epoch": epoch, "step": step} | {name: getattr(result, name) for name in names}
 
 
+RIGHT, WRONG, QUERY = "#1a9641", "#d7191c", "#404040"
+
+
 def draw_ranked_lists(
     file: Path, rows: list[tuple[str, str, float, list[tuple[str, float, bool]]]], title: str
 ) -> None:  # rank 0 only
-    """A picture with a row per query: the query, then its first answers, right ones framed green, wrong ones red.
+    """A PNG with a row per query: the query, then its first answers, right ones framed green, wrong ones red.
 
     rows: (query path, label, average precision, [(gallery path, distance, right), ...]).
     """
-    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from PIL import Image
-
+    width, height, gap, caption, frame = 64, 128, 12, 30, 4
     columns = 1 + max(len(answers) for *_, answers in rows)
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=(0.95 * columns, 2.15 * len(rows) + 0.5), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, (path, label, ap, answers) in zip(axes, rows, strict=True):
-        show(line[0], Image, path, f"{label}\nAP {ap:.2f}", "black")
-        for axis, (answer, distance, right) in zip(line[1:], answers, strict=False):
-            show(axis, Image, answer, f"{distance:.3f}", "#1a9641" if right else "#d7191c")
-    figure.suptitle(title, fontsize=10)
-    write_atomic(file, lambda part: figure.savefig(part, dpi=110, format="png"))
-    pyplot.close(figure)
-
-
-def show(axis: Any, image_module: Any, path: str, caption: str, colour: str) -> None:
-    with image_module.open(path) as image:
-        axis.imshow(image.convert("RGB").resize((64, 128)))
-    axis.set_title(caption, fontsize=7, color=colour)
-    axis.axis("on")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_color(colour)
-        spine.set_linewidth(3)
+    size = (gap + columns * (width + gap) + gap, 28 + len(rows) * (height + caption + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw.text((gap, 8), title, "black", font)
+    for line, (path, label, ap, answers) in enumerate(rows):
+        cells = [(path, f"{label}\nAP {ap:.2f}", QUERY)]
+        cells += [(p, f"{distance:.3f}", RIGHT if right else WRONG) for p, distance, right in answers]
+        for column, (image_path, text, colour) in enumerate(cells):
+            # The query stands apart from its answers.
+            x = gap + column * (width + gap) + (gap if column else 0)
+            y = 28 + caption + line * (height + caption + gap)
+            draw.rectangle((x - frame, y - frame, x + width + frame - 1, y + height + frame - 1), colour)
+            with Image.open(image_path) as image:
+                sheet.paste(image.convert("RGB").resize((width, height)), (x, y))
+            top = y - frame - 13 * text.count("\n") - 14
+            draw.multiline_text((x - frame, top), text, colour, font, spacing=1)
+    write_atomic(file, lambda part: sheet.save(part, format="PNG"))
 
 
 def clock() -> float:

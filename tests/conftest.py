@@ -9,6 +9,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import hypothesis
 import torch
+import torch._dynamo  # DDP imports it; here once, not once in every forked rank
+
+try:
+    import nvidia.dali.fn  # likewise
+except ImportError:
+    pass
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)

@@ -6,6 +6,7 @@ whole suite to one thread. A rank that dies or hangs fails the test; nothing is 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -63,6 +64,19 @@ def run_ranks(world_size, fn, *args, timeout_s=60.0, **kwargs):
 
 
 def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
+    """Runs one rank and ends the process, whatever happens: a child must never come back into the test runner."""
+    faulthandler.dump_traceback_later(timeout_s - 1)  # where a rank hangs, on stderr
+    try:
+        file = folder / f"{rank}.pickle"
+        file.with_suffix(".part").write_bytes(
+            pickle.dumps(_outcome(rank, world_size, port, fn, args, kwargs, timeout_s))
+        )
+        file.with_suffix(".part").rename(file)
+    finally:
+        os._exit(0)
+
+
+def _outcome(rank, world_size, port, fn, args, kwargs, timeout_s):
     try:
         if world_size > 1:
             os.environ.update(
@@ -74,11 +88,8 @@ def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
             )
         global world
         world = dist.init(timeout_s)
-        outcome = ("ok", fn(*args, **kwargs))
+        value = fn(*args, **kwargs)
         dist.barrier()
+        return "ok", value
     except BaseException:  # noqa: BLE001 - carried to the parent, which raises it
-        outcome = ("error", traceback.format_exc())
-    file = folder / f"{rank}.pickle"
-    file.with_suffix(".part").write_bytes(pickle.dumps(outcome))
-    file.with_suffix(".part").rename(file)
-    os._exit(0)
+        return "error", traceback.format_exc()

@@ -11,4 +11,4 @@ import torch
 
 def cosface_logits(cosines: torch.Tensor, target: torch.Tensor, scale: float, margin: float) -> torch.Tensor:
     """cosines (B, C) in fp32 or fp64, target (B, C) bool -> logits (B, C); element by element."""
-    return scale * (cosines - margin * target)
+    return scale * torch.where(target, cosines - margin, cosines)
