@@ -161,8 +161,8 @@ def main() -> None:
             parser.error(f"--batch {args.batch}: expected a multiple of {world_size} ranks x {INSTANCES} instances")
     measured = {w: measure(w, args.batch, args.seeds) for w in args.ranks}
     print(
-        f"torch {torch.__version__}, gloo, fp64; batch {args.batch} = {args.batch // INSTANCES} identities x {INSTANCES} "
-        f"instances, whole identities on a rank; mean ± standard deviation over {args.seeds} seeds"
+        f"torch {torch.__version__}, gloo, fp64; batch {args.batch} = {args.batch // INSTANCES} identities x "
+        f"{INSTANCES} instances, whole identities on a rank; mean ± standard deviation over {args.seeds} seeds"
     )
     for loss_name in LOSSES:
         print(f"\n{loss_name}\n\n| scheme | ranks | cosine | length ratio | relative error |\n|---|---|---|---|---|")

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import dist
 from .config import check_config, load_config, resolve
@@ -15,8 +14,9 @@ from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
 from .data.plan import EpochPlan
 from .losses import uses_cosine
-from .models import build_model
+from .models import ReIDModel, build_model
 from .models.batch_norm import group_batch_norms
+from .models.sharded import classifier_rows
 
 
 def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.World) -> tuple[argparse.Namespace, Any]:
@@ -85,9 +85,11 @@ def image_dtype(cfg: Any) -> torch.dtype:
     return torch.float64 if cfg.TRAIN.PRECISION == "fp64" else torch.float32
 
 
-def build_network(cfg: Any, num_pids: int, device: torch.device) -> nn.Module:
+def build_network(cfg: Any, num_pids: int, world: dist.World) -> ReIDModel:
     """The model on its device, channels last, its batch norms over MODEL.BN_GROUP images of the global batch."""
     m = cfg.MODEL
-    model = build_model(m.NAME, num_pids, m.FEATURE_DIM, uses_cosine(cfg.LOSS.CLA_LOSS), m.RES4_STRIDE, cfg.SEED)
+    rows = classifier_rows(num_pids, m.CLASSIFIER_SHARDED, world.rank, world.world_size)
+    cosine = uses_cosine(cfg.LOSS.CLA_LOSS)
+    model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, m.CLASSIFIER_SHARDED)
     group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)
-    return model.to(device=device, dtype=image_dtype(cfg)).to(memory_format=torch.channels_last)
+    return model.to(device=world.device, dtype=image_dtype(cfg)).to(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,9 @@ _C.MODEL.FEATURE_DIM = 2048  # width of the feature; must equal the network's
 _C.MODEL.RESUME = ""  # like --resume: auto, or a checkpoint
 _C.MODEL.PRETRAINED = "imagenet"  # '' (random), imagenet, or a file of backbone weights
 _C.MODEL.BN_GROUP = 32  # batch norm statistics over so many consecutive images of the global batch; 0: all of them
+_C.MODEL.CLASSIFIER_SHARDED = (
+    False  # each rank keeps num_pids / ranks rows of the classifier: for 100,000s of identities
+)
 
 _C.LOSS = CfgNode()
 _C.LOSS.CLA_LOSS = "crossentropy"  # crossentropy | crossentropylabelsmooth | arcface | cosface | circle
@@ -61,6 +65,9 @@ _C.TRAIN.START_EPOCH = 0  # epochs taken as done at the start of a fresh run
 _C.TRAIN.MAX_EPOCH = 60
 _C.TRAIN.MAX_STEPS = 0  # stop (and evaluate) after so many steps since the run's beginning; 0: no limit
 _C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
+_C.TRAIN.MICRO_BATCH = (
+    0  # images a rank takes at a time, whole batch norm groups: less memory, the same numbers; 0: all
+)
 _C.TRAIN.LOG_STEP = 10  # steps between log lines
 _C.TRAIN.CHECKPOINT_EPOCH = 1  # epochs between checkpoints; 0: none at epoch ends
 _C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch
@@ -90,9 +97,10 @@ _C.TAG = "res50-ce-tri"
 
 # Keys that may change when a run is resumed, because they do not enter the arithmetic of a training step.
 FREE_ON_RESUME = {
-    "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "MODEL.RESUME", "MODEL.PRETRAINED", "TRAIN.MAX_EPOCH",
-    "TRAIN.MAX_STEPS", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH", "TRAIN.CHECKPOINT_STEP", "TRAIN.ALLOW_CHANGES",
-    "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT", "EVAL_MODE", "GPU", "OUTPUT", "TAG",
+    "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
+    "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MICRO_BATCH", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH",
+    "TRAIN.CHECKPOINT_STEP", "TRAIN.ALLOW_CHANGES", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
+    "EVAL_MODE", "GPU", "OUTPUT", "TAG",
 }  # fmt: skip
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -107,9 +115,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST: dict[str, float] = {
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
-    "DATA.NUM_INSTANCES": 1, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0, "TRAIN.MAX_EPOCH": 1,
-    "TRAIN.MAX_STEPS": 0, "TRAIN.LOG_STEP": 1, "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0,
-    "TRAIN.OPTIMIZER.LR": 0.0, "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "SEED": 0,
+    "DATA.NUM_INSTANCES": 1, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
+    "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,
+    "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0, "TRAIN.OPTIMIZER.LR": 0.0,
+    "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "SEED": 0,
 }  # fmt: skip
 
 
@@ -221,10 +230,8 @@ def coerce(value: Any, default: Any) -> Any:
         try:
             value = {"true": True, "false": False}[text.lower()]
         except KeyError:
-            try:
+            with contextlib.suppress(ValueError, SyntaxError):
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pass
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value
@@ -279,6 +286,11 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     for part, name in (("TAG", cfg.TAG), ("DATA.DATASET", cfg.DATA.DATASET)):
         if not name or name in (".", "..") or set(name) & set("/\\\0"):
             errors.append(f"{part} {name!r}: expected a name that can be a folder")
+    if cfg.MODEL.CLASSIFIER_SHARDED and cfg.TRAIN.PRECISION == "fp16":
+        # An overflow in one rank's rows would make that rank alone skip the step.
+        errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64")
+    if cfg.MODEL.CLASSIFIER_SHARDED and not cfg.LOSS.GATHER:
+        errors.append("MODEL.CLASSIFIER_SHARDED True with LOSS.GATHER False: expected LOSS.GATHER True")
     if cfg.TRAIN.PRECISION == "fp16" and not cuda:
         errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
     if not errors:
@@ -313,6 +325,15 @@ def check_batch(cfg: CfgNode, world_size: int) -> list[str]:
             f"MODEL.BN_GROUP {group} with {local} images a rank ({batch} on {world_size}): expected a multiple or a "
             f"divisor of a rank's images: {join(good)}; or {join(sizes)} ranks"
         )
+    micro = cfg.TRAIN.MICRO_BATCH
+    if not errors and micro and (local % micro or micro % group):
+        good = [m for m in divisors(local) if m % group == 0]
+        expected = (
+            f"whole batch norm groups that divide a rank's {local} images: {join(good)}"
+            if good
+            else (f"0, or a MODEL.BN_GROUP that divides a rank's {local} images")
+        )
+        errors.append(f"TRAIN.MICRO_BATCH {micro} with MODEL.BN_GROUP {group}: expected {expected}")
     if not cfg.LOSS.GATHER and (batch // k) % world_size:
         errors.append(
             f"LOSS.GATHER False with {batch // k} identities on {world_size} ranks: expected whole identities on each "

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -50,7 +51,7 @@ def read_environment(env: dict[str, str]) -> tuple[int, int, int]:
 
     Raises ValueError when only some of them are set or one is no number: guessing would start a wrong world.
     """
-    # MASTER_ADDR and MASTER_PORT alone are harmless (login shells set them); the three numbers say that we were launched.
+    # MASTER_ADDR and MASTER_PORT alone are harmless (login shells set them); the numbers say that we were launched.
     present = [name for name in ENVIRONMENT[:3] if name in env]
     if not present:
         return 0, 0, 1
@@ -273,8 +274,10 @@ def average_(tensors: list[torch.Tensor]) -> None:  # all ranks
         tensor.copy_(mean.view_as(tensor))
 
 
-def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:  # all ranks
+def wrap_ddp(model: torch.nn.Module, device: torch.device, leave: list[str]) -> torch.nn.Module:  # all ranks
     """DistributedDataParallel that means over ranks gradients and nothing else; the model itself at world size 1.
+
+    leave: names of parameters that differ between ranks (a sharded classifier's) and are left alone.
 
     Buffers are not broadcast: rank 0's batch norm statistics are not the global batch's (`average_` makes those).
     """
@@ -285,10 +288,11 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:  
     new = "forward_sync_buffers" in inspect.signature(ddp).parameters
     switch: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
     device_ids = [device] if device.type == "cuda" else None
+    ddp._set_params_and_buffers_to_ignore_for_model(model, leave)
     return ddp(model, device_ids=device_ids, gradient_as_bucket_view=True, **switch)
 
 
-_subgroups: dict[int, list[td.ProcessGroup]] = {}
+_subgroups: dict[int, list[Any]] = {}
 
 
 def consecutive_ranks(size: int) -> td.ProcessGroup | None:  # all ranks
@@ -309,3 +313,56 @@ def group_sum(tensor: torch.Tensor, group: td.ProcessGroup | None) -> torch.Tens
     if group is not None:
         td.all_reduce(tensor, op=td.ReduceOp.SUM, group=group)
     return tensor
+
+
+def all_max(tensor: torch.Tensor) -> torch.Tensor:  # all ranks
+    """Greatest value over ranks, element by element, in place; returns the tensor."""
+    if world_size() > 1:
+        td.all_reduce(tensor, op=td.ReduceOp.MAX)
+    return tensor
+
+
+class _SumAlike(torch.autograd.Function):
+    """Sum over ranks; the gradient passes as it is, because every rank computes the same loss from the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return all_sum(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def sum_alike(x: torch.Tensor) -> torch.Tensor:  # all ranks
+    """Sum over ranks of parts of one loss that every rank goes on to compute alike; differentiable."""
+    return x if world_size() == 1 else _SumAlike.apply(x)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def undo_mean(x: torch.Tensor) -> torch.Tensor:
+    """x, with its gradient times the world size: for a loss that is already global on every rank, not a share of it.
+
+    DDP takes the mean over ranks of what lies behind x.
+    """
+    return x if world_size() == 1 else _ScaleGradient.apply(x, float(world_size()))
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The model itself, whether or not it is wrapped for DDP."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def accumulating(ddp: torch.nn.Module) -> AbstractContextManager[None]:
+    """Backwards in here add to the gradients without the mean over ranks, which the next one outside takes for all."""
+    return ddp.no_sync() if isinstance(ddp, torch.nn.parallel.DistributedDataParallel) else nullcontext()

@@ -30,7 +30,7 @@ SHOWN_ANSWERS = 10
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     args, cfg = dist.agreed(read_command, command_line(), argv, world)
     index = read_index(cfg)
-    model = dist.agreed(build_network, cfg, index.num_pids, world.device)
+    model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = dist.agreed(lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}"))
     reporter = Reporter(run_folder(cfg), world.is_main)
     dist.agreed(reporter.make_folder)

@@ -187,7 +187,7 @@ def ranked_lists(  # all ranks
 
 
 class _Shard:
-    """This rank's gallery rows, with what a column of the tile needs: a factor (cosine) or a summand (Euclidean)."""
+    """This rank's gallery rows, with what a column of the tile needs: a divisor (cosine) or a summand (Euclidean)."""
 
     def __init__(self, gallery: Features, metric: Metric) -> None:
         self.feats, self.pids, self.indices = gallery.feats, gallery.pids, gallery.indices
@@ -195,7 +195,7 @@ class _Shard:
         self.metric = metric
         self.dtype = _compute_dtype(gallery.feats)
         squares = metrics.square_norms(gallery.feats, self.dtype)
-        self.column = squares if metric == "euclidean" else squares.sqrt().clamp_min(MIN_NORM).reciprocal()
+        self.column = squares if metric == "euclidean" else squares.sqrt().clamp_min(MIN_NORM)
         self.by_pid = self.pids.argsort(stable=True)
         self.sorted_pids = self.pids[self.by_pid]
 
@@ -218,7 +218,7 @@ class _Shard:
         else:
             for rows in metrics.blocks(len(self.feats), self.feats.shape[1] * self.dtype.itemsize):
                 tile[:, rows] = feats @ self.feats[rows].to(self.dtype).T
-        return tile.add_(self.column) if self.metric == "euclidean" else tile.mul_(self.column)
+        return tile.add_(self.column) if self.metric == "euclidean" else tile.div_(self.column)
 
     def num_same_pid(self, pids: torch.Tensor) -> torch.Tensor:
         """(C,) int64: rows of this shard with the query's pid."""
@@ -286,7 +286,7 @@ def _check(  # all ranks
         problem = f"chunk={chunk}; expected at least 1, or None"
     else:
         problem = _row_problem("query", query) or _row_problem("gallery", gallery)
-    facts = () if problem else (_facts(query, metric, chunk), _facts(gallery, metric, chunk))
+    facts = [] if problem else [_facts(query, metric, chunk), _facts(gallery, metric, chunk)]
     sizes = (len(query.feats), len(gallery.feats))
     ranks = dist.gather_objects((problem, facts, sizes))
     for r, (message, *_) in enumerate(ranks):
@@ -297,7 +297,7 @@ def _check(  # all ranks
         for name, fact in zip(("query", "gallery"), found, strict=True):
             if fact != wanted:
                 raise ValueError(f"rank {r}'s {name} has {fact}, rank 0's query {wanted}; expected the same")
-    num_rows, shard_sizes = [n for *_, (n, _) in ranks], [n for *_, (_, n) in ranks]
+    num_rows, shard_sizes = [size[0] for *_, size in ranks], [size[1] for *_, size in ranks]
     _check_coverage({"query": query.indices, "gallery": gallery.indices}, (sum(num_rows), sum(shard_sizes)))
     return num_rows, shard_sizes
 

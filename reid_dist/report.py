@@ -124,8 +124,8 @@ def describe(event: dict[str, Any]) -> str:
     )
 
 
-def start_wandb(mode: str, project: str, folder: Path, config: dict[str, Any], run_id: str) -> Any:  # rank 0 only
-    """A wandb run that continues run_id, or None when the mode is 'disabled' or wandb cannot start (said, not raised)."""
+def start_wandb(mode: Any, project: str, folder: Path, config: dict[str, Any], run_id: str) -> Any:  # rank 0 only
+    """A wandb run that continues run_id; None when the mode is 'disabled' or wandb cannot start, which is said."""
     if mode == "disabled":
         return None
     try:

@@ -3,75 +3,177 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import dist
-from .losses import build_classification, build_pairwise
-from .models.batch_norm import GroupBatchNorm, forget_stats, update_running_stats
+from .losses import build_classification, build_pairwise, build_sharded_classification
+from .models.batch_norm import GroupBatchNorm, forget_stats, not_noting, update_running_stats
+from .models.sharded import classifier_rows, complete, count_right
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Losses(NamedTuple):
-    """Scalars on the device: the two losses of this rank's share and how many of its images were classified right."""
+    """Scalars on the device: this rank's two losses, of which the means over ranks are the global ones, and its share
+    of the number of images that were classified right."""
 
     cla: torch.Tensor
     pair: torch.Tensor
     correct: torch.Tensor
 
 
-def build_losses(cfg: Any, world: dist.World) -> Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses]:
-    """compute(model, images (B, 3, H, W), global_pids (N,)) -> Losses of this rank's B images.
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises, for one rank: its images are rows offset..offset+B-1 of the global batch of N."""
 
-    Both losses are means over equal shares, so their mean over ranks, which DDP takes of the gradients, is the loss of
-    the global batch.
-    """
-    classify = build_classification(cfg.LOSS.CLA_LOSS, cfg.LOSS.CLA_S, cfg.LOSS.CLA_M)
-    compare = build_pairwise(cfg.LOSS.PAIR_LOSS, cfg.LOSS.PAIR_S, cfg.LOSS.PAIR_M, cfg.TEST.DISTANCE)
-    autocast = AUTOCAST.get(cfg.TRAIN.PRECISION)
-    offset = world.rank * cfg.DATA.TRAIN_BATCH // world.world_size
+    classify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (B, C), pids (B,) -> scalar
+    classify_shard: Callable[..., torch.Tensor] | None  # x (N, C_r), pids (N,), first, num_pids -> scalar, global
+    compare: Callable[..., torch.Tensor]  # feats, pids, ref_feats, ref_pids, offset -> scalar
+    gather: bool
+    first_row: int  # of a sharded classifier
+    num_pids: int
+    offset: int
+    micro_batch: int  # 0: the whole share at once
+    autocast: torch.dtype | None
 
-    def compute(model: nn.Module, images: torch.Tensor, global_pids: torch.Tensor) -> Losses:
-        pids = global_pids[offset : offset + len(images)]
-        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-            feats, logits = model(images)
-        if cfg.LOSS.GATHER:
-            pair = compare(feats, pids, dist.gather_rows(feats), global_pids, offset)  # all ranks
-        else:
-            pair = compare(feats, pids, feats, pids, 0)
-        return Losses(classify(logits, pids), pair, (logits.detach().argmax(1) == pids).sum())
 
-    return compute
+def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
+    loss = cfg.LOSS
+    sharded = cfg.MODEL.CLASSIFIER_SHARDED
+    margins = (loss.CLA_LOSS, loss.CLA_S, loss.CLA_M)
+    return Objective(
+        classify=build_classification(*margins),
+        classify_shard=build_sharded_classification(*margins, complete) if sharded else None,
+        compare=build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, cfg.TEST.DISTANCE),
+        gather=loss.GATHER,
+        first_row=classifier_rows(num_pids, sharded, world.rank, world.world_size).start,
+        num_pids=num_pids,
+        offset=world.rank * cfg.DATA.TRAIN_BATCH // world.world_size,
+        micro_batch=cfg.TRAIN.MICRO_BATCH,
+        autocast=AUTOCAST.get(cfg.TRAIN.PRECISION),
+    )
 
 
 def train_step(
     ddp: nn.Module,
-    compute_losses: Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses],
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
 ) -> Losses:  # all ranks
-    """One optimizer step on this rank's share of a global batch; nothing in it waits for the device."""
+    """One optimizer step on this rank's images (B, 3, H, W) of a global batch with labels global_pids (N,).
+
+    Nothing in it waits for the device.
+    """
     optimizer.zero_grad(set_to_none=True)
-    losses = compute_losses(ddp, images, global_pids)
-    scaler.scale(losses.cla + losses.pair).backward()
+    losses = backward(ddp, objective, scaler, norms, images, global_pids)
     scaler.step(optimizer)
     scaler.update()
     update_running_stats(norms)
     return losses
 
 
+def backward(
+    ddp: nn.Module,
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
+    norms: list[GroupBatchNorm],
+    images: torch.Tensor,
+    global_pids: torch.Tensor,
+) -> Losses:  # all ranks
+    """Forward, losses, and their gradients averaged over ranks."""
+    if objective.micro_batch not in (0, len(images)):
+        return backward_in_pieces(ddp, objective, scaler, norms, images, global_pids)
+    pids = global_pids[objective.offset : objective.offset + len(images)]
+    feats, logits = forward(ddp, images, objective.autocast)
+    pair, cla, correct = gathered_losses(ddp, objective, feats, global_pids)
+    if logits is not None:
+        cla, correct = objective.classify(logits, pids), (logits.detach().argmax(1) == pids).sum()
+    assert cla is not None and correct is not None
+    scaler.scale(cla + pair).backward()
+    return Losses(cla, pair, correct)
+
+
+def backward_in_pieces(
+    ddp: nn.Module,
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
+    norms: list[GroupBatchNorm],
+    images: torch.Tensor,
+    global_pids: torch.Tensor,
+) -> Losses:  # all ranks
+    """`backward` with the memory of a micro-batch and the cost of one more forward; the same numbers.
+
+    First all features without a graph, and from them what depends on the whole global batch: the pair loss and its
+    gradient with respect to each feature. Then, piece by piece, a second forward, whose backward starts from these
+    gradients and from the piece's classification loss. (Gao et al., Scaling Deep Contrastive Learning Batch Size under
+    Memory Limited Setup, RepL4NLP 2021.)
+    """
+    pids = global_pids[objective.offset : objective.offset + len(images)]
+    pieces = images.split(objective.micro_batch)
+    model = dist.unwrap(ddp)
+    with torch.no_grad():
+        feats = torch.cat([forward(model, piece, objective.autocast)[0] for piece in pieces])
+    feats.requires_grad_()
+    pair, cla, correct = gathered_losses(model, objective, feats, global_pids)
+    scaler.scale(pair if cla is None else cla + pair).backward()
+    assert feats.grad is not None
+    parts = zip(pieces, feats.grad.split(objective.micro_batch), pids.split(objective.micro_batch), strict=True)
+    by_piece = []
+    for i, (piece, grad, piece_pids) in enumerate(parts):
+        with dist.accumulating(ddp) if i < len(pieces) - 1 else nullcontext(), not_noting(norms):
+            piece_feats, logits = forward(ddp, piece, objective.autocast)
+            target = (piece_feats * grad).sum()
+            if logits is not None:
+                share = objective.classify(logits, piece_pids) / len(pieces)
+                by_piece.append(torch.stack([share.detach(), (logits.detach().argmax(1) == piece_pids).sum()]))
+                target = target + scaler.scale(share)
+            target.backward()
+    if by_piece:
+        cla, correct = torch.stack(by_piece).sum(0)
+    assert cla is not None and correct is not None
+    return Losses(cla, pair, correct)
+
+
+def forward(
+    model: nn.Module, images: torch.Tensor, autocast: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(features (B, D), logits (B, C) or None) under autocast."""
+    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        return model(images)
+
+
+def gathered_losses(
+    model: nn.Module, objective: Objective, feats: torch.Tensor, global_pids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # all ranks
+    """(pair, classification, correct) from the features of all ranks; the last two None unless the classifier is
+    sharded. The one gather of the step."""
+    pids = global_pids[objective.offset : objective.offset + len(feats)]
+    if not objective.gather:
+        return objective.compare(feats, pids, feats, pids, 0), None, None
+    everyone = dist.gather_rows(feats)
+    pair = objective.compare(feats, pids, everyone, global_pids, objective.offset)
+    if objective.classify_shard is None:
+        return pair, None, None
+    # Every rank computes the whole global loss here, so what lies behind the features must not be averaged again.
+    x = dist.unwrap(model).classifier(dist.undo_mean(everyone))
+    cla = objective.classify_shard(x, global_pids, objective.first_row, objective.num_pids)
+    return pair, cla, count_right(x, global_pids, objective.first_row)
+
+
 def rehearse(
     ddp: nn.Module,
-    compute_losses: Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses],
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
     norms: list[GroupBatchNorm],
     images_shape: tuple[int, int, int, int],
-    num_pids: int,
 ) -> None:  # all ranks
     """A throw-away forward and backward on noise of the real shape; weights and buffers are as before.
 
@@ -83,10 +185,10 @@ def rehearse(
     weight = next(ddp.parameters())
     images = torch.randn(images_shape, generator=torch.Generator().manual_seed(dist.rank()))
     images = images.to(weight.device, weight.dtype, memory_format=torch.channels_last)
-    pids = torch.arange(len(images) * dist.world_size(), device=weight.device) % min(num_pids, 2)
-    losses = compute_losses(ddp, images, pids)
-    (losses.cla + losses.pair).backward()
-    ddp.zero_grad(set_to_none=True)
+    pids = torch.arange(len(images) * dist.world_size(), device=weight.device) % min(objective.num_pids, 2)
+    backward(ddp, objective, scaler, norms, images, pids)
+    for p in ddp.parameters():
+        p.grad = None
     forget_stats(norms)
 
 

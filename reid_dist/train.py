@@ -12,7 +12,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,11 +23,13 @@ from .config import changed_keys, flatten, parser, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
 from .evaluate import evaluate, show_ranked_lists
+from .models import ReIDModel
 from .models.batch_norm import batch_norms
+from .models.sharded import classifier_names, classifier_rows, own_state, whole_state
 from .models.weights import load_pretrained
 from .optim import build_optimizer, lr_at, set_lr
 from .report import Reporter, clock, eval_event, start_wandb, table
-from .step import build_losses, global_values, rehearse, train_step
+from .step import Objective, build_objective, global_values, rehearse, train_step
 
 
 @dataclass
@@ -40,20 +42,31 @@ class State:
     wandb_id: str = ""
 
 
+class Parts(NamedTuple):
+    """What a checkpoint holds the tensors of; rows: the identities whose classifier rows this rank has."""
+
+    model: ReIDModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    rows: range
+
+
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     _, cfg = dist.agreed(read_command, command_line(), argv, world)
     index = read_index(cfg)
     plan = dist.agreed(build_plan, cfg, index)
     saved = dist.agreed(find_checkpoint, cfg, index)
-    model = dist.agreed(build_network, cfg, index.num_pids, world.device)
+    model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
 
-    compute_losses = build_losses(cfg, world)
-    ddp = dist.wrap_ddp(model, world.device)
+    objective = build_objective(cfg, index.num_pids, world)
+    ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
     opt = cfg.TRAIN.OPTIMIZER
-    optimizer = build_optimizer(ddp.parameters(), opt.NAME, opt.LR, opt.WEIGHT_DECAY, world.device)
+    optimizer = build_optimizer(model.parameters(), opt.NAME, opt.LR, opt.WEIGHT_DECAY, world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    parts = Parts(
+        model, optimizer, scaler, classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
+    )
     state = restore(saved, parts) if saved else State(step=cfg.TRAIN.START_EPOCH * plan.num_steps)
 
     reporter = open_reporter(cfg, plan, world, state)
@@ -63,12 +76,11 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if cfg.EVAL_MODE:
         test(model, index, cfg, plan, world, reporter, state)
     else:
-        rehearse(ddp, compute_losses, batch_norms(model), local_shape(cfg, world), index.num_pids)
-        fit(cfg, world, index, plan, ddp, compute_losses, parts, state, reporter, facts)
+        rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
+        fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, facts)
     best = state.best
-    reporter.say(
-        f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}; all of it: {run_folder(cfg)}"
-    )
+    reporter.say(f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}")
+    reporter.say(f"everything of this run: {run_folder(cfg)}")
     reporter.close()
 
 
@@ -78,14 +90,14 @@ def fit(
     index: DatasetIndex,
     plan: EpochPlan,
     ddp: nn.Module,
-    compute_losses: Any,
-    parts: dict[str, Any],
+    objective: Objective,
+    parts: Parts,
     state: State,
     reporter: Reporter,
     facts: dict[str, Any],
 ) -> None:  # all ranks
     """Trains from state.step to the last step; logs, saves and tests where the config says."""
-    model, optimizer, scaler = parts.values()
+    model, optimizer, scaler, _ = parts
     norms, last, batch_size = batch_norms(model), last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
     base, schedule = cfg.TRAIN.OPTIMIZER.LR, cfg.TRAIN.LR_SCHEDULER
     if state.last_eval < state.step and state.step > 0 and test_due(state.step, cfg, plan):
@@ -97,7 +109,7 @@ def fit(
         for batch in itertools.islice(loader, max(0, last - state.step)):
             lr = lr_at(state.step, plan.num_steps, base, schedule.STEPSIZE, schedule.DECAY_RATE)
             set_lr(optimizer, lr)
-            losses = train_step(ddp, compute_losses, optimizer, scaler, norms, batch.images, batch.global_pids)
+            losses = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
             state.step, steps, waited = state.step + 1, steps + 1, waited + batch.data_wait
             event = None
             if state.step % cfg.TRAIN.LOG_STEP == 0 or state.step == last:
@@ -140,20 +152,28 @@ def test(
         reporter.say(f"ranked lists: {picture}")
 
 
-def save(parts: dict[str, Any], state: State, facts: dict[str, Any], cfg: Any, world: dist.World) -> None:
-    """Writes the whole state, and best.pt when the last evaluation was the best so far.  # rank 0 only"""
-    if not world.is_main:
+def save(parts: Parts, state: State, facts: dict[str, Any], cfg: Any, world: dist.World) -> None:  # all ranks
+    """Rank 0 writes the whole state, and best.pt when the last evaluation was the best so far."""
+    model, optimizer, scaler, _ = parts
+    if not (world.is_main or model.sharded):
         return
-    whole = {name: part.state_dict() for name, part in parts.items()} | vars(state) | facts
-    checkpoint.save(run_folder(cfg) / "checkpoints", whole)
-    if state.best and state.best["step"] == state.step:
-        checkpoint.save(run_folder(cfg) / "checkpoints", whole, best=True)
+    weights, slots = whole_state(model, optimizer) if model.sharded else (model.state_dict(), optimizer.state_dict())
+    if world.is_main:
+        whole = {"model": weights, "optimizer": slots, "scaler": scaler.state_dict()} | vars(state) | facts
+        checkpoint.save(run_folder(cfg) / "checkpoints", whole)
+        if state.best and state.best["step"] == state.step:
+            checkpoint.save(run_folder(cfg) / "checkpoints", whole, best=True)
 
 
-def restore(saved: dict[str, Any], parts: dict[str, Any]) -> State:
-    """Fills model, optimizer and scaler from a checkpoint; returns its State."""
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+def restore(saved: dict[str, Any], parts: Parts) -> State:
+    """Fills model, optimizer and scaler from a checkpoint of any number of ranks; returns its State."""
+    model, optimizer, scaler, rows = parts
+    weights, slots = saved["model"], saved["optimizer"]
+    if model.sharded:
+        weights, slots = own_state(weights, slots, model, rows)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(slots)
+    scaler.load_state_dict(saved["scaler"])
     return State(**{name: saved[name] for name in State.__dataclass_fields__})
 
 
@@ -221,7 +241,8 @@ def check_finite(event: dict[str, Any]) -> None:  # all ranks
     """Ends the run on a loss that is no number; the values are global, so all ranks come to the same conclusion."""
     if not math.isfinite(event["loss"]):
         dist.fail(
-            f"loss {event['loss']} at step {event['step']} (classification {event['loss_cla']}, pairs {event['loss_pair']}); "
+            f"loss {event['loss']} at step {event['step']} (classification {event['loss_cla']}, pairs "
+            f"{event['loss_pair']}); "
             "expected a finite number: try a lower TRAIN.OPTIMIZER.LR, or bf16 instead of fp16"
         )
 

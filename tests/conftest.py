@@ -1,5 +1,6 @@
 """One thread for the whole suite, the same number for parent and forked ranks; hypothesis without a deadline."""
 
+import importlib.util
 import os
 
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -11,10 +12,8 @@ import hypothesis
 import torch
 import torch._dynamo  # DDP imports it; here once, not once in every forked rank
 
-try:
-    import nvidia.dali.fn  # likewise
-except ImportError:
-    pass
+if importlib.util.find_spec("nvidia.dali"):
+    importlib.import_module("nvidia.dali.fn")  # likewise
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from reid_dist import dist
 
-
 # In a forked rank: what dist.init returned there.
 world: dist.World | None = None
 

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from reid_dist import dist
-from reid_dist.models.batch_norm import GroupBatchNorm, batch_norms, group_batch_norms, not_noting, split_group, update_running_stats
+from reid_dist.models.batch_norm import (
+    GroupBatchNorm,
+    batch_norms,
+    group_batch_norms,
+    not_noting,
+    split_group,
+    update_running_stats,
+)
 from tests.ranks import run_ranks
 
 BATCH, CHANNELS = 16, 5

@@ -93,7 +93,7 @@ def test_weights_that_fit_load(places, tmp_path):
     from reid_dist.models import build_model
     from reid_dist.models.weights import fill, read_weights
 
-    a, b = (build_model("tiny", 4, 128, False, seed=s) for s in (0, 1))
+    a, b = (build_model("tiny", 128, range(4), False, seed=s) for s in (0, 1))
     torch.save({"state_dict": {f"module.{k}": v for k, v in a.state_dict().items()}}, tmp_path / "whole.pth")
     torch.save(a.backbone.state_dict(), tmp_path / "bare.pth")
     for file in ("whole.pth", "bare.pth"):
@@ -101,7 +101,9 @@ def test_weights_that_fit_load(places, tmp_path):
         assert "tensors from" in lines[0]
         for key, value in a.backbone.state_dict().items():
             assert torch.equal(b.backbone.state_dict()[key], value)
-    partial = {k: v for k, v in a.backbone.state_dict().items() if not k.startswith("9.")} | {"fc.weight": torch.ones(1)}
+    partial = {k: v for k, v in a.backbone.state_dict().items() if not k.startswith("9.")} | {
+        "fc.weight": torch.ones(1)
+    }
     lines = fill(b, partial, "x")
     assert any("backbone.9.weight" in line for line in lines) and any("fc.weight" in line for line in lines)
 
@@ -123,4 +125,3 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a file of weights"):
         read_weights(str(file))
     assert not (tmp_path / "ran").exists()
-

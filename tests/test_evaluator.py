@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,100 +13,10 @@ from hypothesis import strategies as st
 from reid_dist import dist, evaluator
 from reid_dist.evaluator import Features, evaluate_features, extract, ranked_lists, shard
 from tests.ranks import run_ranks
+from tests.test_metrics import Case, dense_distances, make_case, ranked, reference
 
 WORLD_SIZES = (1, 2, 3, 4)
 compared = {"evaluations": 0, "queries": 0, "ranked lists": 0}
-
-
-@dataclass
-class Case:
-    """The whole query and gallery as numpy arrays; `seed` decides which rank holds which rows, in which order."""
-
-    q: np.ndarray
-    g: np.ndarray
-    q_pids: np.ndarray
-    g_pids: np.ndarray
-    q_camids: np.ndarray | None
-    g_camids: np.ndarray | None
-    metric: str = "euclidean"
-    chunk: int | None = None
-    dtype: torch.dtype = torch.float64
-    seed: int = 0
-
-    def features(self, side: str, rank: int, world_size: int) -> Features:
-        feats = getattr(self, side)
-        rng = np.random.default_rng([self.seed, side == "q"])
-        # Some ranks at random hold nothing.
-        holders = rng.permutation(world_size)[: rng.integers(1, world_size + 1)]
-        owner = rng.choice(holders, len(feats))
-        rows = rng.permutation(len(feats))
-        rows = rows[owner[rows] == rank]
-        pids, camids = getattr(self, f"{side}_pids"), getattr(self, f"{side}_camids")
-        return Features(
-            torch.from_numpy(feats[rows]).to(self.dtype),
-            torch.from_numpy(pids[rows]),
-            None if camids is None else torch.from_numpy(camids[rows]),
-            torch.from_numpy(rows),
-        )
-
-
-def make_case(num_q, num_g, dim, num_pids, num_camids, kind, seed, **options) -> Case:
-    """kind 'integers' and 'signs' have exact products and many ties (squared distances; cosines), 'normal' none."""
-    rng = np.random.default_rng(seed)
-    if kind == "integers":
-        q, g = (rng.integers(0, 3, (n, dim)) * 1.0 for n in (num_q, num_g))
-    elif kind == "signs":  # norms are powers of two
-        q, g = (rng.choice([-1.0, 1.0], (n, 4)) * 2.0 ** rng.integers(-2, 3, (n, 1)) for n in (num_q, num_g))
-    else:
-        q, g = (rng.normal(size=(n, dim)) for n in (num_q, num_g))
-    pids = [rng.integers(0, num_pids, n) for n in (num_q, num_g)]
-    camids = [rng.integers(0, num_camids, n) if num_camids else None for n in (num_q, num_g)]
-    metric = {"integers": "euclidean", "signs": "cosine"}.get(kind, options.pop("metric", "cosine"))
-    options.pop("metric", None)
-    return Case(q, g, *pids, *camids, metric=metric, seed=seed, **options)
-
-
-def dense_distances(case: Case) -> np.ndarray:
-    if case.metric == "euclidean":
-        return ((case.q[:, None] - case.g[None]) ** 2).sum(2)
-    q, g = (a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12) for a in (case.q, case.g))
-    return -(q @ g.T)
-
-
-def ranked(case: Case, distances: np.ndarray, i: int, junk_rule=True, later_first=False):
-    """(gallery indices of the valid rows in their order, is_match) of query i: the definition, one query at a time."""
-    match = case.g_pids == case.q_pids[i]
-    junk = match & (case.g_camids == case.q_camids[i]) if junk_rule and case.g_camids is not None else match & False
-    order = np.argsort(distances[i], kind="stable")
-    if later_first:
-        order = np.lexsort((-np.arange(len(match)), distances[i]))
-    order = order[~junk[order]]
-    return order, match[order]
-
-
-def reference(case: Case, distances: np.ndarray | None = None, **rules) -> dict:
-    """What the original's evaluate() computes, with INP beside it; per query, by plain loops."""
-    distances = dense_distances(case) if distances is None else distances
-    ap, inp, cmc = np.full(len(case.q), np.nan), np.full(len(case.q), np.nan), []
-    for i in range(len(case.q)):
-        _, match = ranked(case, distances, i, **rules)
-        hits = np.flatnonzero(match)
-        if len(hits) == 0:
-            continue
-        ap[i] = sum((j + 1) / (hit + 1) for j, hit in enumerate(hits)) / len(hits)
-        inp[i] = len(hits) / (hits[-1] + 1)
-        cmc.append(np.arange(50) >= hits[0])
-    found = len(cmc) > 0
-    return {
-        "ap": ap,
-        "inp": inp,
-        "cmc": np.mean(cmc, 0) if found else np.zeros(50),
-        "mAP": np.nanmean(ap) if found else 0.0,
-        "mINP": np.nanmean(inp) if found else 0.0,
-        "num_no_match": len(case.q) - len(cmc),
-        "num_query": len(case.q),
-        "num_gallery": len(case.g),
-    }
 
 
 def assert_equal(result: evaluator.EvalResult, wanted: dict) -> None:
@@ -150,7 +60,7 @@ case_strategy = st.builds(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(case_strategy)
 def test_alone_equals_a_stable_argsort(case):
     assert_equal(evaluate_cases([case])[0], reference(case))
@@ -158,7 +68,7 @@ def test_alone_equals_a_stable_argsort(case):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
-@settings(max_examples=6, phases=[Phase.generate])  # shrinking lists of forked runs would take long
+@settings(max_examples=4, phases=[Phase.generate])  # shrinking lists of forked runs would take long
 @given(cases=st.lists(case_strategy, min_size=15, max_size=15))
 def test_equals_a_stable_argsort(world_size, cases):
     for case, result in zip(cases, evaluate_on(world_size, cases), strict=True):
@@ -318,8 +228,8 @@ FAULTS = [
     ("g", "feats", lambda t: put(t, float("inf")), 1, ["rank 1: gallery", "dataset index [1]"]),
     ("g", "feats", lambda t: put(t, 1e160), 0, ["rank 0: gallery", "overflowing", "[0]"]),
     ("g", "feats", lambda t: t.float(), 1, ["rank 1's gallery", "float32", "float64"]),
-    ("q", "feats", lambda t: t[:, :2], 1, ["rank 1's query", "width 2", "width 3"]),
-    ("g", "feats", lambda t: t[0], 0, ["gallery: feats", "(3,)"]),
+    ("q", "feats", lambda t: t[:, :2], 1, ["rank 1's query", "width 2", "width 5"]),
+    ("g", "feats", lambda t: t[0], 0, ["gallery: feats", "(5,)"]),
     ("g", "camids", lambda t: None, 1, ["rank 1's gallery", "no camids"]),
     ("g", "pids", lambda t: t.int(), 1, ["gallery: pids", "torch.int32"]),
     ("g", "indices", lambda t: t[:-1], 1, ["gallery: indices", "(3,)"]),

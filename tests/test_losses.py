@@ -284,6 +284,10 @@ def test_coinciding_points_have_no_euclidean_gradient():
     apart = x[2] - x[0]
     assert value.item() == pytest.approx(9 - apart.norm().item() + 1e-6, abs=1e-9)
     torch.testing.assert_close(gradient[:2].sum(0), apart / apart.norm())
+    # Where all coincide, the negative is as far as the anchor itself: at the formula's 1e-6, not at 0.
+    value, gradient = value_and_gradient(loss, 0 * x)
+    assert value.item() == pytest.approx(9.0, abs=1e-9)
+    assert torch.equal(gradient, 0 * x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

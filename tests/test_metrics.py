@@ -1,6 +1,11 @@
-"""Metrics by hand and against plain loops; the counts of both devices' code against comparisons."""
+"""Metrics by hand and against plain loops; the counts of both devices' code against comparisons.
+
+The definition itself, dense and one query at a time (`reference`), serves test_evaluator.py as well.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,6 +14,99 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reid_dist import metrics
+from reid_dist.evaluator import Features
+
+
+@dataclass
+class Case:
+    """The whole query and gallery as numpy arrays; `seed` decides which rank holds which rows, in which order."""
+
+    q: np.ndarray
+    g: np.ndarray
+    q_pids: np.ndarray
+    g_pids: np.ndarray
+    q_camids: np.ndarray | None
+    g_camids: np.ndarray | None
+    metric: str = "euclidean"
+    chunk: int | None = None
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def features(self, side: str, rank: int, world_size: int) -> Features:
+        feats = getattr(self, side)
+        rng = np.random.default_rng([self.seed, side == "q"])
+        # Some ranks at random hold nothing.
+        holders = rng.permutation(world_size)[: rng.integers(1, world_size + 1)]
+        owner = rng.choice(holders, len(feats))
+        rows = rng.permutation(len(feats))
+        rows = rows[owner[rows] == rank]
+        pids, camids = getattr(self, f"{side}_pids"), getattr(self, f"{side}_camids")
+        return Features(
+            torch.from_numpy(feats[rows]).to(self.dtype),
+            torch.from_numpy(pids[rows]),
+            None if camids is None else torch.from_numpy(camids[rows]),
+            torch.from_numpy(rows),
+        )
+
+
+def make_case(num_q, num_g, dim, num_pids, num_camids, kind, seed, **options) -> Case:
+    """kind 'integers' and 'signs' have exact products and many ties (squared distances; cosines), 'normal' none."""
+    rng = np.random.default_rng(seed)
+    if kind == "integers":
+        q, g = (rng.integers(0, 3, (n, dim)) * 1.0 for n in (num_q, num_g))
+    elif kind == "signs":  # norms are powers of two
+        q, g = (rng.choice([-1.0, 1.0], (n, 4)) * 2.0 ** rng.integers(-2, 3, (n, 1)) for n in (num_q, num_g))
+    else:
+        q, g = (rng.normal(size=(n, dim + 2)) for n in (num_q, num_g))
+    pids = [rng.integers(0, num_pids, n) for n in (num_q, num_g)]
+    camids = [rng.integers(0, num_camids, n) if num_camids else None for n in (num_q, num_g)]
+    metric = {"integers": "euclidean", "signs": "cosine"}.get(kind, options.pop("metric", "cosine"))
+    options.pop("metric", None)
+    return Case(q, g, *pids, *camids, metric=metric, seed=seed, **options)
+
+
+def dense_distances(case: Case) -> np.ndarray:
+    if case.metric == "euclidean":
+        return ((case.q[:, None] - case.g[None]) ** 2).sum(2)
+    q, g = (a / np.linalg.norm(a, axis=1, keepdims=True).clip(1e-12) for a in (case.q, case.g))
+    return -(q @ g.T)
+
+
+def ranked(case: Case, distances: np.ndarray, i: int, junk_rule=True, later_first=False):
+    """(gallery indices of the valid rows in their order, is_match) of query i: the definition, one query at a time."""
+    match = case.g_pids == case.q_pids[i]
+    junk = match & (case.g_camids == case.q_camids[i]) if junk_rule and case.g_camids is not None else match & False
+    order = np.argsort(distances[i], kind="stable")
+    if later_first:
+        order = np.lexsort((-np.arange(len(match)), distances[i]))
+    order = order[~junk[order]]
+    return order, match[order]
+
+
+def reference(case: Case, distances: np.ndarray | None = None, **rules) -> dict:
+    """What the original's evaluate() computes, with INP beside it; per query, by plain loops."""
+    distances = dense_distances(case) if distances is None else distances
+    ap, inp, cmc = np.full(len(case.q), np.nan), np.full(len(case.q), np.nan), []
+    for i in range(len(case.q)):
+        _, match = ranked(case, distances, i, **rules)
+        hits = np.flatnonzero(match)
+        if len(hits) == 0:
+            continue
+        ap[i] = sum((j + 1) / (hit + 1) for j, hit in enumerate(hits)) / len(hits)
+        inp[i] = len(hits) / (hits[-1] + 1)
+        cmc.append(np.arange(50) >= hits[0])
+    found = len(cmc) > 0
+    return {
+        "ap": ap,
+        "inp": inp,
+        "cmc": np.mean(cmc, 0) if found else np.zeros(50),
+        "mAP": np.nanmean(ap) if found else 0.0,
+        "mINP": np.nanmean(inp) if found else 0.0,
+        "num_no_match": len(case.q) - len(cmc),
+        "num_query": len(case.q),
+        "num_gallery": len(case.g),
+    }
+
 
 RANKS = np.array([0, 2, 4, 1, 60])
 OFFSETS = np.array([0, 3, 3, 5])  # three queries with 3, 0 and 2 matches
@@ -42,18 +140,16 @@ def test_no_match_at_all_is_zero():
     assert not result.cmc.any()
 
 
-@given(st.lists(st.sets(st.integers(0, 80), max_size=9), max_size=8))
-def test_values_equal_a_loop(rank_sets):
-    lists = [sorted(s) for s in rank_sets]
-    ranks = np.array([rank for entry in lists for rank in entry], np.int64)
-    offsets = np.cumsum([0, *map(len, lists)])
-    ap, inp = metrics.average_precision(ranks, offsets), metrics.inverse_negative_penalty(ranks, offsets)
-    for i, entry in enumerate(lists):
-        if entry:
-            assert ap[i] == pytest.approx(np.mean([(j + 1) / (rank + 1) for j, rank in enumerate(entry)]), rel=1e-14)
-            assert inp[i] == len(entry) / (entry[-1] + 1)
-        else:
-            assert np.isnan(ap[i]) and np.isnan(inp[i])
+@given(st.integers(1, 8), st.integers(1, 99), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_values_equal_a_loop(num_q, num_g, num_pids, seed):
+    case = make_case(num_q, num_g, 3, num_pids, 2, "normal", seed)
+    distances = dense_distances(case)
+    lists = [np.flatnonzero(ranked(case, distances, i)[1]) for i in range(num_q)]
+    ranks, offsets = np.concatenate(lists), np.cumsum([0, *map(len, lists)])
+    values = [f(ranks, offsets) for f in (metrics.average_precision, metrics.inverse_negative_penalty)]
+    result = metrics.summarise(*values, metrics.first_hits(ranks, offsets), num_g, 0.0)
+    for name, value in reference(case).items():
+        np.testing.assert_allclose(getattr(result, name), value, rtol=0, atol=1e-14, err_msg=name)
 
 
 @settings(max_examples=60)

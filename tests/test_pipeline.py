@@ -3,7 +3,6 @@ import itertools
 import multiprocessing
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,6 @@ dali_only = pytest.mark.skipif(no_dali is not None, reason=str(no_dali))
 PIPELINES = [pytest.param("dali", marks=dali_only), "torch"]
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Like the dataset index: a bound method of a frozen dataclass goes to the workers."""
-
-    files: tuple[str, ...]
-
-    def path_of(self, index: int) -> str:
-        return self.files[index]
-
-
 def drawing(height, width, seed, noise=6):
     """A figure of ellipses and boxes on a gradient, with some noise: about as smooth as a photograph."""
     rng = np.random.default_rng(seed)
@@ -57,7 +46,7 @@ def drawing(height, width, seed, noise=6):
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
+def path_of(tmp_path_factory):
     """24 JPEGs of differing size, quality and chroma subsampling."""
     folder = tmp_path_factory.mktemp("images")
     files = []
@@ -65,7 +54,7 @@ def paths(tmp_path_factory):
         file = folder / f"{n:02d}.jpg"
         drawing(100 + 9 * (n % 7), 40 + 6 * (n % 5), n).save(file, quality=75 + n, subsampling=n % 3)
         files.append(str(file))
-    return Paths(tuple(files))
+    return tuple(files).__getitem__  # a method that can be pickled, without this module in every worker
 
 
 def images_of(requests, path_of, pipeline, *, batch=64, height=HEIGHT, width=WIDTH, num_workers=0):
@@ -95,9 +84,9 @@ def make_plan(**changes):
     return EpochPlan(np.arange(24) // 4, **(arguments | changes))
 
 
-def train_loader(paths, pipeline, plan=None, *, rank=0, world_size=1, num_workers=0, dtype=torch.float32, **start):
+def train_loader(path_of, pipeline, plan=None, *, rank=0, world_size=1, num_workers=0, dtype=torch.float32, **start):
     return loader.TrainLoader(
-        paths.path_of, plan or make_plan(), rank=rank, world_size=world_size, device=CPU, dtype=dtype,
+        path_of, plan or make_plan(), rank=rank, world_size=world_size, device=CPU, dtype=dtype,
         pipeline=pipeline, decode_device="cpu", num_workers=num_workers, **start,
     )  # fmt: skip
 
@@ -122,8 +111,8 @@ def test_dali_decodes_like_pil(tmp_path):
     all_files = sorted(str(f) for f in tmp_path.iterdir())
     assert len(all_files) == 9
     requests = [request(range(9))]
-    (dali,) = images_of(requests, Paths(tuple(all_files)).path_of, "dali")
-    (pil,) = images_of(requests, Paths(tuple(all_files)).path_of, "torch")
+    (dali,) = images_of(requests, all_files.__getitem__, "dali")
+    (pil,) = images_of(requests, all_files.__getitem__, "torch")
     for n, file in enumerate(all_files):
         assert torch.equal(dali[n], pil[n]), file
         assert np.array_equal(pil[n].numpy(), np.asarray(Image.open(file).convert("RGB"))), file
@@ -131,23 +120,24 @@ def test_dali_decodes_like_pil(tmp_path):
 
 @dali_only
 @pytest.mark.parametrize("size", [(256, 128), (288, 144), (64, 32)])
-def test_dali_resizes_like_pil(paths, size):
+def test_dali_resizes_like_pil(path_of, size):
     requests = [request(range(24), resize_hw=size)]
-    (dali,) = images_of(requests, paths.path_of, "dali", height=size[0], width=size[1])
-    (pil,) = images_of(requests, paths.path_of, "torch", height=size[0], width=size[1])
+    (dali,) = images_of(requests, path_of, "dali", height=size[0], width=size[1])
+    (pil,) = images_of(requests, path_of, "torch", height=size[0], width=size[1])
     difference = (dali.int() - pil.int()).abs()
-    assert difference.max() <= 2
-    assert (difference > 1).float().mean() < 1e-3
-    assert difference.float().mean() < 0.3
+    inside = difference[:, 1:-1, 1:-1]
+    assert inside.max() <= 1 and inside.float().mean() < 0.3
     # Rounding, no shift or gain: the differences have no sign.
     assert (dali.float() - pil.float()).mean().abs() < 0.1
+    # The outermost rows and columns differ by more where an image shrinks.
+    assert difference.max() <= (1 if size[0] > 160 else 24)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_crop_and_flip_are_exact(paths, pipeline):
-    (whole,) = images_of([request(range(24), (72, 36))], paths.path_of, pipeline, height=72, width=36)
+def test_crop_and_flip_are_exact(path_of, pipeline):
+    (whole,) = images_of([request(range(24), (72, 36))], path_of, pipeline, height=72, width=36)
     requests = [request(range(24), (72, 36), corner, flip) for corner in [(0, 0), (8, 4), (3, 1)] for flip in [0, 1]]
-    for asked, images in zip(requests, images_of(requests, paths.path_of, pipeline), strict=True):
+    for asked, images in zip(requests, images_of(requests, path_of, pipeline), strict=True):
         y, x = asked.crop_yx[0]
         expected = whole[:, y : y + HEIGHT, x : x + WIDTH]
         assert torch.equal(images, expected.flip(2) if asked.flip[0] else expected)
@@ -158,7 +148,7 @@ def test_blocks_of_colour_stay_in_place(tmp_path, pipeline):
     # Quarters of four colours, sizes doubled by the resize: away from the seams every pixel is its quarter's colour.
     colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], dtype=np.uint8)
     Image.fromarray(colours.repeat(16, 0).repeat(8, 1)).save(tmp_path / "a.png")
-    path_of = Paths((str(tmp_path / "a.png"),)).path_of
+    path_of = [str(tmp_path / "a.png")].__getitem__
     (image,) = images_of([request([0])], path_of, pipeline)[0]
     expected = torch.from_numpy(colours.repeat(32, 0).repeat(16, 1))
     clear = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
@@ -175,7 +165,7 @@ def test_exif_orientation_is_applied(tmp_path, pipeline):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    (turned,) = images_of([request([0])], Paths((str(tmp_path / "a.jpg"),)).path_of, pipeline)[0]
+    (turned,) = images_of([request([0])], [str(tmp_path / "a.jpg")].__getitem__, pipeline)[0]
     image.save(tmp_path / "b.jpg", quality=95)
     plain = np.asarray(Image.open(tmp_path / "b.jpg"))
     assert np.array_equal(turned.numpy(), np.rot90(plain, -1))
@@ -211,9 +201,9 @@ def take(stream, num):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_stream_over_three_epochs_is_the_plan(paths, pipeline):
+def test_stream_over_three_epochs_is_the_plan(path_of, pipeline):
     plan = make_plan()
-    batches = take(train_loader(paths, pipeline, plan), 3 * plan.num_steps)
+    batches = take(train_loader(path_of, pipeline, plan), 3 * plan.num_steps)
     assert [(b.epoch, b.step) for b in batches] == [(e, s) for e in (1, 2, 3) for s in range(plan.num_steps)]
     for b in batches:
         step = plan.step(b.epoch, b.step)
@@ -221,16 +211,16 @@ def test_stream_over_three_epochs_is_the_plan(paths, pipeline):
         assert b.indices.dtype == b.pids.dtype == torch.int64 and b.data_wait >= 0
         # The images belong to these indices (and were not overwritten by later steps).
         asked = Request(step.indices, step.resize_hw, step.crop_yx, step.flip)
-        (images,) = images_of([asked], paths.path_of, pipeline)
+        (images,) = images_of([asked], path_of, pipeline)
         assert torch.equal(b.images, finish(images, torch.from_numpy(step.erase), torch.float32))
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_same_bits_for_any_world_size_and_number_of_workers(paths, pipeline):
-    whole = take(train_loader(paths, pipeline), 5)
+def test_same_bits_for_any_world_size_and_number_of_workers(path_of, pipeline):
+    whole = take(train_loader(path_of, pipeline), 5)
     for world_size, num_workers in [(2, 1), (4, 2)]:
         ranks = [
-            take(train_loader(paths, pipeline, rank=r, world_size=world_size, num_workers=num_workers), 5)
+            take(train_loader(path_of, pipeline, rank=r, world_size=world_size, num_workers=num_workers), 5)
             for r in range(world_size)
         ]
         for expected, *blocks in zip(whole, *ranks, strict=True):
@@ -240,30 +230,30 @@ def test_same_bits_for_any_world_size_and_number_of_workers(paths, pipeline):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_resumes_in_mid_epoch(paths, pipeline):
+def test_resumes_in_mid_epoch(path_of, pipeline):
     plan = make_plan()
-    straight = take(train_loader(paths, pipeline, plan), plan.num_steps + 2)
+    straight = take(train_loader(path_of, pipeline, plan), plan.num_steps + 2)
     for done in (1, plan.num_steps):  # the last is the end of epoch 1
-        again = take(train_loader(paths, pipeline, plan, epoch=1, step=done), 2)
+        again = take(train_loader(path_of, pipeline, plan, epoch=1, step=done), 2)
         for a, b in zip(again, straight[done:], strict=False):
             assert (a.epoch, a.step) == (b.epoch, b.step) and torch.equal(a.images, b.images)
     with pytest.raises(ValueError, match="expected 0 to"):
-        train_loader(paths, pipeline, plan, step=plan.num_steps + 1)
+        train_loader(path_of, pipeline, plan, step=plan.num_steps + 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_test_batches(paths, pipeline, num_workers):
+def test_test_batches(path_of, pipeline, num_workers):
     arguments = {
         "height": HEIGHT, "width": WIDTH, "device": CPU, "dtype": torch.float64,
         "pipeline": pipeline, "decode_device": "cpu", "num_workers": num_workers,
     }  # fmt: skip
     indices = np.array([7, 3, 3, 20, 0, 11, 5])
-    found = list(loader.test_batches(paths.path_of, indices, batch=3, **arguments))
+    found = list(loader.test_batches(path_of, indices, batch=3, **arguments))
     assert [i.tolist() for _, i in found] == [[7, 3, 3], [20, 0, 11], [5]]
-    (plain,) = images_of([request(indices)], paths.path_of, pipeline)
+    (plain,) = images_of([request(indices)], path_of, pipeline)
     assert torch.equal(torch.cat([images for images, _ in found]), finish(plain, None, torch.float64))
-    assert list(loader.test_batches(paths.path_of, np.zeros(0, int), batch=3, **arguments)) == []
+    assert list(loader.test_batches(path_of, np.zeros(0, int), batch=3, **arguments)) == []
 
 
 # --- failures and ends ------------------------------------------------------------------------------------------------
@@ -283,29 +273,34 @@ def damaged(kind, folder):
     ("pipeline", "num_workers"), [pytest.param("dali", 2, marks=dali_only), ("torch", 0), ("torch", 1)]
 )
 @pytest.mark.parametrize("kind", ["text", "empty", "cut", "missing"])
-def test_a_bad_file_is_named(paths, tmp_path, kind, pipeline, num_workers):
-    path_of = Paths((*paths.files, damaged(kind, tmp_path))).path_of
+def test_a_bad_file_is_named(path_of, tmp_path, kind, pipeline, num_workers):
+    files = [path_of(n) for n in range(24)] + [damaged(kind, tmp_path)]
     requests = [request([0, 1]), request([2, 24, 3]), request([4])]
     with pytest.raises(ValueError, match=rf"^image .*{kind}\.jpg: .") as caught:
-        images_of(requests, path_of, pipeline, num_workers=num_workers)
+        images_of(requests, files.__getitem__, pipeline, num_workers=num_workers)
     assert "\n" not in str(caught.value)
+
+
+def num_os_threads():
+    return len(list(Path("/proc/self/task").iterdir()))  # DALI's are unknown to Python
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_nothing_runs_after_close(paths, pipeline, num_workers):
-    threads, os_threads = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
-    stream = train_loader(paths, pipeline, num_workers=num_workers)
+def test_nothing_runs_after_close(path_of, pipeline, num_workers):
+    threads, os_threads = threading.active_count(), num_os_threads()
+    stream = train_loader(path_of, pipeline, num_workers=num_workers)
     next(stream)
     running = multiprocessing.active_children() + threading.enumerate()[threads:]
     assert running
     stream.close()
     stream.close()
-    assert multiprocessing.active_children() == [] and threading.active_count() == threads
-    deadline = time.monotonic() + 5
-    while len(list(Path("/proc/self/task").iterdir())) > os_threads and time.monotonic() < deadline:
+    assert multiprocessing.active_children() == []
+    # The threads that feed multiprocessing's queues end a moment later.
+    deadline = time.monotonic() + 10
+    while (threading.active_count() > threads or num_os_threads() > os_threads) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(list(Path("/proc/self/task").iterdir())) <= os_threads
+    assert threading.enumerate()[threads:] == [] and num_os_threads() <= os_threads
 
 
 def test_resolve():

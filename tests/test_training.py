@@ -24,8 +24,8 @@ def build_plain(last_stride=1):
 MODELS["plain"] = Backbone(build_plain, 16)
 
 SMALL = (
-    "DATA.HEIGHT 32 DATA.WIDTH 16 DATA.TRAIN_BATCH 16 DATA.NUM_INSTANCES 4 DATA.NUM_WORKERS 1 DATA.TEST_BATCH 50 "
-    "MODEL.PRETRAINED '' TRAIN.PRECISION fp64 TRAIN.LOG_STEP 1 TRAIN.OPTIMIZER.LR 0.003 TEST.EVAL_STEP 0 TAG t"
+    "DATA.HEIGHT 32 DATA.WIDTH 16 DATA.TRAIN_BATCH 16 DATA.NUM_INSTANCES 4 DATA.NUM_WORKERS 1 "
+    "DATA.TEST_BATCH 50 MODEL.BN_GROUP 8 MODEL.PRETRAINED '' TRAIN.PRECISION fp64 TRAIN.LOG_STEP 1 TRAIN.OPTIMIZER.LR 0.003 TEST.EVAL_STEP 0 TAG t"
 ).replace("''", "NONE")
 PLAIN = "MODEL.NAME plain MODEL.FEATURE_DIM 16 MODEL.BN_GROUP 8"
 TINY = "MODEL.NAME tiny MODEL.FEATURE_DIM 128"
@@ -69,7 +69,9 @@ def test_twenty_steps_are_the_same_on_1_2_and_4_ranks(pedestrians, tmp_path, net
         np.testing.assert_allclose(losses_of(many), losses_of(one), rtol=1e-9, atol=1e-9)
         for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
             assert eval_many[name] == pytest.approx(eval_one[name], abs=1e-9)
-        assert [eval_many[k] for k in ("num_query", "num_gallery")] == [eval_one[k] for k in ("num_query", "num_gallery")]
+        assert [eval_many[k] for k in ("num_query", "num_gallery")] == [
+            eval_one[k] for k in ("num_query", "num_gallery")
+        ]
     other, _ = run(2, pedestrians, tmp_path / "other", f"TRAIN.MAX_STEPS 20 {network} SEED 1")
     assert np.abs(losses_of(other) - losses_of(one)).max() > 1e-3
 
@@ -115,7 +117,9 @@ def test_resume_with_other_mathematics_is_an_error(pedestrians, tmp_path, capfd)
         run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 SEED 3 MODEL.RESUME auto")
     error = capfd.readouterr().err
     assert error.count("SEED 0 -> 3") == 1 and "ALLOW_CHANGES" in error
-    events, _ = run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 SEED 3 MODEL.RESUME auto TRAIN.ALLOW_CHANGES true")
+    events, _ = run(
+        2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 SEED 3 MODEL.RESUME auto TRAIN.ALLOW_CHANGES true"
+    )
     assert [e["step"] for e in events] == [1, 2, 3, 4]
 
 

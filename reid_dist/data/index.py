@@ -30,7 +30,7 @@ class Split:
 
     def path(self, i: int) -> str:
         """Where image i lies."""
-        return os.path.join(self.root, os.fsdecode(bytes(self.files[i])))
+        return f"{self.root}/{os.fsdecode(bytes(self.files[i]))}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DatasetIndex:
 
 
 def build_index(name: str, root: str) -> DatasetIndex:
-    """Reads data set `name` below `root`. Raises ValueError with the folder that is missing or the split that is empty."""
+    """Reads data set `name` below `root`. Raises ValueError: which folder is missing, which split is empty."""
     if not root:
         raise ValueError("DATA.ROOT '': expected the folder of the data set (--root)")
     if not Path(root).is_dir():

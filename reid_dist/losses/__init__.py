@@ -16,7 +16,13 @@ from .arcface import arcface_logits
 from .circle import circle_logits
 from .contrastive import contrastive
 from .cosface import cosface_logits
-from .cross_entropy import SoftmaxParts, classification_loss, cross_entropy, plain_logits
+from .cross_entropy import (
+    SoftmaxParts,
+    classification_loss,
+    cross_entropy,
+    plain_logits,
+    sharded_classification_loss,
+)
 from .label_smoothing import smoothed_cross_entropy
 from .pairwise_circle import pairwise_circle
 from .pairwise_cosface import pairwise_cosface
@@ -62,9 +68,21 @@ def build_classification(
     name: str, scale: float, margin: float
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """loss(logits or cosines (B, C), pids (B,)) -> scalar; the losses without a margin ignore scale and margin."""
+    logits_of, finish = _classification_parts(name, scale, margin)
+    return partial(classification_loss, logits_of=logits_of, finish=finish)
+
+
+def build_sharded_classification(
+    name: str, scale: float, margin: float, complete: Callable[[SoftmaxParts], SoftmaxParts]
+) -> Callable[..., torch.Tensor]:
+    """loss(x (N, C_r), pids (N,), first, num_classes) -> scalar, for the classes first..first+C_r-1 of a shard."""
+    logits_of, finish = _classification_parts(name, scale, margin)
+    return partial(sharded_classification_loss, complete=complete, logits_of=logits_of, finish=finish)
+
+
+def _classification_parts(name: str, scale: float, margin: float) -> tuple[Callable, Callable]:
     row = CLASSIFICATION[name]
-    logits_of = partial(row.logits_of, **_chosen(row.keywords, scale=scale, margin=margin))
-    return partial(classification_loss, logits_of=logits_of, finish=row.finish)
+    return partial(row.logits_of, **_chosen(row.keywords, scale=scale, margin=margin)), row.finish
 
 
 def build_pairwise(name: str, scale: float, margin: float, distance: str) -> Callable[..., torch.Tensor]:

@@ -49,6 +49,18 @@ def classification_loss(
     finish: Callable[[SoftmaxParts, int], torch.Tensor],
 ) -> torch.Tensor:
     """x (B, C) logits or cosines, pids (B,) in 0..C-1 -> scalar: map, softmax, `finish` (a row of CLASSIFICATION)."""
-    num_classes = x.shape[1]
-    target = pids[:, None] == torch.arange(num_classes, device=x.device)
-    return finish(softmax_parts(logits_of(full_precision(x), target), target), num_classes)
+    return sharded_classification_loss(x, pids, 0, x.shape[1], lambda parts: parts, logits_of, finish)
+
+
+def sharded_classification_loss(
+    x: torch.Tensor,
+    pids: torch.Tensor,
+    first: int,
+    num_classes: int,
+    complete: Callable[[SoftmaxParts], SoftmaxParts],
+    logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    finish: Callable[[SoftmaxParts, int], torch.Tensor],
+) -> torch.Tensor:
+    """The same when x (N, C_r) holds classes first..first+C_r-1 of num_classes; `complete` adds the others' parts."""
+    target = pids[:, None] == first + torch.arange(x.shape[1], device=x.device)
+    return finish(complete(softmax_parts(logits_of(full_precision(x), target), target)), num_classes)

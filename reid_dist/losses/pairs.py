@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from .precision import full_precision
 
-# Stands for infinity where a mask leaves nothing: fp32 holds sums of it, and its gradients are 0 where those of a real
-# infinity are NaN (inf - inf in the backward of log-sum-exp).
+# Stands for infinity where a mask leaves nothing. fp32 holds sums of it and its gradients are 0 by plain arithmetic;
+# with a real infinity that would hang on how each torch operation treats inf - inf.
 HUGE = 1e30
 
 

@@ -34,20 +34,24 @@ class ReIDModel(nn.Module):
     """Simple-ReID's network: backbone, global average pooling, BatchNorm1d, classifier.
 
     The feature after the batch norm serves the classifier, the pairwise loss and the test alike. Training: images
-    (B, 3, H, W) -> (features (B, D), logits or cosines (B, num_pids)). Evaluation: -> features (B, D).
+    (B, 3, H, W) -> (features (B, D), logits or cosines (B, num_pids)), the latter None when the classifier is a shard,
+    which takes the gathered features of all ranks. Evaluation: -> features (B, D).
     """
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, num_pids: int, cosine: bool):
+    def __init__(self, backbone: nn.Module, feature_dim: int, classifier: nn.Module, sharded: bool):
         super().__init__()
         self.backbone = backbone
         self.bn = nn.BatchNorm1d(feature_dim)
         nn.init.normal_(self.bn.weight, 1.0, 0.02)
         nn.init.zeros_(self.bn.bias)
-        self.classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, num_pids)
+        self.classifier = classifier
+        self.sharded = sharded
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         feats = self.bn(self.backbone(images).mean(dim=(2, 3)))
-        return (feats, self.classifier(feats)) if self.training else feats
+        if not self.training:
+            return feats
+        return feats, None if self.sharded else self.classifier(feats)
 
 
 def find_backbone(name: str) -> Backbone:
@@ -60,15 +64,16 @@ def find_backbone(name: str) -> Backbone:
 
 
 def build_model(
-    name: str, num_pids: int, feature_dim: int, cosine: bool, last_stride: int = 1, seed: int = 0
+    name: str, feature_dim: int, rows: range, cosine: bool, last_stride: int = 1, seed: int = 0, sharded: bool = False
 ) -> ReIDModel:
-    """A fresh network with the weights of `seed`, the same on every rank.
+    """A fresh network with the weights of `seed`, the same on every rank. rows: the identities of its classifier.
 
     Raises ValueError for an unknown name and when feature_dim (MODEL.FEATURE_DIM) is not the network's width.
     """
     row = find_backbone(name)
     if row.feature_dim != feature_dim:
         raise ValueError(f"MODEL.FEATURE_DIM {feature_dim}: expected {row.feature_dim}, the width of MODEL.NAME {name}")
+    classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, rows, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ReIDModel(row.build(last_stride), feature_dim, num_pids, cosine)
+        return ReIDModel(row.build(last_stride), feature_dim, classifier, sharded)

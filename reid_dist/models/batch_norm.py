@@ -93,6 +93,10 @@ class GroupBatchNorm(nn.Module):
     (dropout of rate 0 excepted, which is nothing).
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
     def __init__(self, bn: nn.modules.batchnorm._BatchNorm, group: int):
         super().__init__()
         assert bn.affine and bn.track_running_stats and bn.momentum is not None
@@ -102,7 +106,9 @@ class GroupBatchNorm(nn.Module):
             self.register_buffer(name, getattr(bn, name))
         act = getattr(bn, "act", None)
         self.act = act if isinstance(act, nn.Module) else nn.Identity()
-        self.noted: list[torch.Tensor] = []  # (2, G, C) of each forward since the last update: means, unbiased variances
+        self.noted: list[
+            torch.Tensor
+        ] = []  # (2, G, C) of each forward since the last update: means, unbiased variances
         self.noting = True
 
     def extra_repr(self) -> str:
@@ -151,7 +157,8 @@ def update_running_stats(norms: list[GroupBatchNorm]) -> None:  # all ranks
     buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
     momenta = [m.momentum for m in norms for _ in range(2)]
     torch._foreach_mul_(buffers, [1 - momentum for momentum in momenta])
-    torch._foreach_add_(buffers, torch._foreach_mul([row for s in stats for row in s], momenta))
+    moves = torch._foreach_mul([row for s in stats for row in s], momenta)
+    torch._foreach_add_(buffers, list(moves))
     torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
     forget_stats(norms)
 

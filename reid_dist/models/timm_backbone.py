@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ def timm_row(name: str) -> Backbone:
         raise ValueError(f"MODEL.NAME 'timm/{name}': timm has no such network; near ones: {near}")
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=0, global_pool="")
-    return Backbone(partial(build_timm, name), int(net.num_features), partial(fetch_timm, name))
+    feature_dim: Any = net.num_features
+    return Backbone(partial(build_timm, name), int(feature_dim), partial(fetch_timm, name))
 
 
 def build_timm(name: str, last_stride: int = 1) -> nn.Module:
@@ -32,7 +34,7 @@ def build_timm(name: str, last_stride: int = 1) -> nn.Module:
     """
     import timm
 
-    kwargs = {"num_classes": 0, "global_pool": "", "drop_rate": 0.0}
+    kwargs: dict[str, Any] = {"num_classes": 0, "global_pool": "", "drop_rate": 0.0}
     if last_stride == 1:
         try:
             return undilate(timm.create_model(name, output_stride=16, **kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,7 @@ def read_weights(path: str, key: str = "MODEL.PRETRAINED") -> dict[str, torch.Te
     """
     if not Path(path).is_file():
         raise ValueError(f"{key} {path!r}: expected an existing file of weights")
+    state: Any
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
