@@ -288,19 +288,19 @@ def num_os_threads():
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_nothing_runs_after_close(path_of, pipeline, num_workers):
-    threads, os_threads = threading.active_count(), num_os_threads()
+    before = set(threading.enumerate())  # perhaps an earlier test's last threads, about to end
+    os_threads = num_os_threads()
     stream = train_loader(path_of, pipeline, num_workers=num_workers)
     next(stream)
-    running = multiprocessing.active_children() + threading.enumerate()[threads:]
-    assert running
+    assert multiprocessing.active_children() or set(threading.enumerate()) - before
     stream.close()
     stream.close()
     assert multiprocessing.active_children() == []
     # The threads that feed multiprocessing's queues end a moment later.
     deadline = time.monotonic() + 10
-    while (threading.active_count() > threads or num_os_threads() > os_threads) and time.monotonic() < deadline:
+    while (set(threading.enumerate()) - before or num_os_threads() > os_threads) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.enumerate()[threads:] == [] and num_os_threads() <= os_threads
+    assert set(threading.enumerate()) <= before and num_os_threads() <= os_threads
 
 
 def test_resolve():
