@@ -70,7 +70,7 @@ _C.TRAIN.MICRO_BATCH = (
 )
 _C.TRAIN.LOG_STEP = 10  # steps between log lines
 _C.TRAIN.CHECKPOINT_EPOCH = 1  # epochs between checkpoints; 0: none at epoch ends
-_C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch
+_C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch; both 0: nothing is saved at all
 _C.TRAIN.ALLOW_CHANGES = False  # resume although keys that define the mathematics differ from the checkpoint's
 _C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw | sgd (momentum 0.9, Nesterov)

@@ -20,7 +20,7 @@ from .data.index import DatasetIndex
 from .data.loader import test_batches
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
 from .models.weights import fill, read_weights
-from .report import Reporter, draw_ranked_lists, eval_event, table
+from .report import Reporter, draw_ranked_lists, result_numbers, table
 from .step import AUTOCAST
 
 SHOWN_QUERIES = 12
@@ -32,14 +32,20 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     index = read_index(cfg)
     model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = dist.agreed(lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}"))
+    evaluate_once(model, index, cfg, world, notes)
+
+
+def evaluate_once(
+    model: nn.Module, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str]
+) -> None:  # all ranks
+    """Evaluates, prints the table, writes evaluation.json and the ranked lists into the run's folder."""
     reporter = Reporter(run_folder(cfg), world.is_main)
     dist.agreed(reporter.make_folder)
     for line in notes:
         reporter.say(line)
     result, query, gallery = evaluate(model, index, cfg, world, reporter)
-    event = eval_event(0, 0, result)
-    reporter.say(table({index.name: event}))
-    reporter.save_result({"weights": args.weights, "final": event}, "evaluation.json")
+    reporter.say(table({index.name: vars(result)}))
+    reporter.save_result(result_numbers(result), "evaluation.json")
     picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
     reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
 

@@ -47,7 +47,11 @@ class Reporter:
             stream.write(json.dumps(event) + "\n")
         if self.wandb_run is not None:
             kind = event["event"]
-            self.wandb_run.log({f"{kind}/{k}": v for k, v in event.items() if k != "event"}, step=event["step"])
+            try:
+                self.wandb_run.log({f"{kind}/{k}": v for k, v in event.items() if k != "event"}, step=event["step"])
+            except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
+                self.say(f"wandb is off from here on: {type(error).__name__}: {error}")
+                self.wandb_run = None
 
     def cut(self, step: int, last_eval: int) -> None:
         """Drops what a killed run wrote after the checkpoint it goes on from, and a half last line."""
@@ -132,7 +136,13 @@ def start_wandb(mode: Any, project: str, folder: Path, config: dict[str, Any], r
         import wandb
 
         return wandb.init(
-            project=project, dir=str(folder), config=config, mode=mode, id=run_id, resume="allow", name=folder.name
+            project=project,
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            id=run_id or None,
+            resume="allow",
+            name=folder.name,
         )
     except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
         print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
@@ -148,10 +158,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def result_numbers(result: Any) -> dict[str, Any]:
+    """The numbers of an EvalResult as files name them; mAP and the like in [0, 1]."""
+    return {name: getattr(result, name) for name in (*METRICS, "num_query", "num_gallery", "num_no_match", "seconds")}
+
+
 def eval_event(epoch: int, step: int, result: Any) -> dict[str, Any]:
     """The eval line of metrics.jsonl from an EvalResult."""
-    names = (*METRICS, "num_query", "num_gallery", "num_no_match", "seconds")
-    return {"event": "eval", "epoch": epoch, "step": step} | {name: getattr(result, name) for name in names}
+    return {"event": "eval", "epoch": epoch, "step": step} | result_numbers(result)
 
 
 RIGHT, WRONG, QUERY = "#1a9641", "#d7191c", "#404040"

@@ -22,7 +22,7 @@ from .build import build_loader, build_network, build_plan, read_command, read_i
 from .config import changed_keys, flatten, parser, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
-from .evaluate import evaluate, show_ranked_lists
+from .evaluate import evaluate, evaluate_once, show_ranked_lists
 from .models import ReIDModel
 from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows, own_state, whole_state
@@ -67,19 +67,20 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     parts = Parts(
         model, optimizer, scaler, classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
     )
-    state = restore(saved, parts) if saved else State(step=cfg.TRAIN.START_EPOCH * plan.num_steps)
+    state = restore(saved, parts) if saved else fresh_state(cfg, plan)
+
+    if cfg.EVAL_MODE:
+        evaluate_once(model, index, cfg, world, notes)
+        return
 
     reporter = open_reporter(cfg, plan, world, state)
     for line in [*notes, *summary(cfg, index, plan, model, world, state)]:
         reporter.say(line)
     facts = {"config": cfg.dump(), "index": index.fingerprint()}
-    if cfg.EVAL_MODE:
-        test(model, index, cfg, plan, world, reporter, state)
-    else:
-        rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
-        fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, facts)
-    best = state.best
-    reporter.say(f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}")
+    rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
+    fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, facts)
+    if best := state.best:
+        reporter.say(f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}")
     reporter.say(f"everything of this run: {run_folder(cfg)}")
     reporter.close()
 
@@ -146,7 +147,7 @@ def test(
     state.last_eval = state.step
     if not state.best or event["rank1"] > state.best["rank1"]:
         state.best = event
-    if state.step == last_step(cfg, plan) or cfg.EVAL_MODE:
+    if state.step == last_step(cfg, plan):
         picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
         reporter.save_result({"final": event, "best": state.best, "steps": state.step})
         reporter.say(f"ranked lists: {picture}")
@@ -155,7 +156,8 @@ def test(
 def save(parts: Parts, state: State, facts: dict[str, Any], cfg: Any, world: dist.World) -> None:  # all ranks
     """Rank 0 writes the whole state, and best.pt when the last evaluation was the best so far."""
     model, optimizer, scaler, _ = parts
-    if not (world.is_main or model.sharded):
+    switched_off = cfg.TRAIN.CHECKPOINT_EPOCH == cfg.TRAIN.CHECKPOINT_STEP == 0
+    if switched_off or not (world.is_main or model.sharded):
         return
     weights, slots = whole_state(model, optimizer) if model.sharded else (model.state_dict(), optimizer.state_dict())
     if world.is_main:
@@ -175,6 +177,11 @@ def restore(saved: dict[str, Any], parts: Parts) -> State:
     optimizer.load_state_dict(slots)
     scaler.load_state_dict(saved["scaler"])
     return State(**{name: saved[name] for name in State.__dataclass_fields__})
+
+
+def fresh_state(cfg: Any, plan: EpochPlan) -> State:
+    steps = cfg.TRAIN.START_EPOCH * plan.num_steps
+    return State(step=steps, last_eval=steps)
 
 
 def find_checkpoint(cfg: Any, index: DatasetIndex) -> dict[str, Any] | None:

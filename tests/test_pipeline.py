@@ -207,8 +207,8 @@ def test_stream_over_three_epochs_is_the_plan(path_of, pipeline):
     assert [(b.epoch, b.step) for b in batches] == [(e, s) for e in (1, 2, 3) for s in range(plan.num_steps)]
     for b in batches:
         step = plan.step(b.epoch, b.step)
-        assert np.array_equal(b.indices, step.indices) and np.array_equal(b.pids, step.pids)
-        assert b.indices.dtype == b.pids.dtype == torch.int64 and b.data_wait >= 0
+        assert np.array_equal(b.indices, step.indices) and np.array_equal(b.global_pids, step.pids)
+        assert b.indices.dtype == b.global_pids.dtype == torch.int64 and b.data_wait >= 0
         # The images belong to these indices (and were not overwritten by later steps).
         asked = Request(step.indices, step.resize_hw, step.crop_yx, step.flip)
         (images,) = images_of([asked], path_of, pipeline)
@@ -225,7 +225,7 @@ def test_same_bits_for_any_world_size_and_number_of_workers(path_of, pipeline):
         ]
         for expected, *blocks in zip(whole, *ranks, strict=True):
             assert torch.equal(torch.cat([b.images for b in blocks]), expected.images)
-            assert torch.equal(torch.cat([b.pids for b in blocks]), expected.pids)
+            assert all(torch.equal(b.global_pids, expected.global_pids) for b in blocks)
             assert torch.equal(torch.cat([b.indices for b in blocks]), expected.indices)
 
 

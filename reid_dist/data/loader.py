@@ -25,7 +25,6 @@ class Batch(NamedTuple):
     epoch: int  # from 1
     step: int  # within the epoch, from 0
     images: torch.Tensor  # (B, 3, H, W), channels_last, on the device
-    pids: torch.Tensor  # (B,) int64 labels, on the device
     global_pids: torch.Tensor  # (N,) int64 labels of the whole global batch, on the device: known without a gather
     indices: torch.Tensor  # (B,) int64 indices of the training images, on the CPU
     data_wait: float  # seconds for which the training thread waited for the images
@@ -84,9 +83,8 @@ class TrainLoader:
         data_wait = time.perf_counter() - start
         epoch, step, plan = self._sent.popleft()
         images = finish(_to_device(images, self._device), _from_numpy(plan.erase, self._device), self._dtype)
-        pids = _from_numpy(plan.pids, self._device)
         global_pids = _from_numpy(self._plan.global_pids(epoch, step), self._device)
-        return Batch(epoch, step, images, pids, global_pids, torch.from_numpy(plan.indices.copy()), data_wait)
+        return Batch(epoch, step, images, global_pids, torch.from_numpy(plan.indices.copy()), data_wait)
 
     def close(self) -> None:
         """Ends all threads and processes of the pipeline."""

@@ -6,6 +6,7 @@ exactly those of the whole classifier, whatever the number of ranks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,9 @@ def draw_rows(rows: range, feature_dim: int, seed: int, draw: Callable[..., torc
     """(len(rows), feature_dim) of a matrix whose b-th BLOCK_ROWS rows are draw(block, generator of (seed, b))."""
     blocks = []
     for b in range(rows.start // BLOCK_ROWS, -(-rows.stop // BLOCK_ROWS)):
-        generator = torch.Generator().manual_seed((seed << 32) + b)
+        # Hashed: torch's CPU generator looks at the low 32 bits of a seed alone.
+        digest = hashlib.sha256(f"{seed} {b}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         block = draw(torch.empty(BLOCK_ROWS, feature_dim), generator=generator)
         first = b * BLOCK_ROWS
         blocks.append(block[max(rows.start - first, 0) : rows.stop - first].clone())

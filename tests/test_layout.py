@@ -1,0 +1,47 @@
+"""Rules of the house that a reader can rely on."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = sorted(Path("reid_dist").rglob("*.py"))
+
+
+def test_only_dist_imports_torch_distributed():
+    pattern = re.compile(r"(import torch\.distributed|from torch import distributed|from torch\.distributed)")
+    users = [str(f) for f in SOURCES if pattern.search(f.read_text())]
+    assert users == ["reid_dist/dist.py"]
+
+
+def test_importing_the_package_is_fast_and_imports_no_torch():
+    code = "import time; t = time.perf_counter(); import reid_dist, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, has_torch = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60).split()
+    assert float(seconds) < 0.5 and has_torch == "False"
+
+
+def test_the_trainer_imports_nothing_that_only_gpus_have():
+    """No DALI, wandb, timm or CUDA initialisation before a config asks for it."""
+    code = (
+        "import reid_dist.train, sys, torch; "
+        "print([m for m in ('nvidia.dali', 'wandb', 'timm', 'pynvml', 'torchvision') if m in sys.modules], "
+        "torch.cuda.is_initialized())"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=90, env={"PATH": ""})
+    assert out.strip() == "[] False"
+
+
+def test_files_stay_readable():
+    long = {str(f): n for f in SOURCES if (n := len(f.read_text().splitlines())) > 420}
+    # Drawing pedestrians is one long list of shapes.
+    assert set(long) <= {"reid_dist/data/synthetic.py"}, long
+
+
+def test_collectives_are_marked():
+    """Every function in dist.py that talks to other ranks says so where it is defined."""
+    text = Path("reid_dist/dist.py").read_text()
+    for name in re.findall(r"^def (\w+)\(", text, re.M):
+        body = text[text.index(f"def {name}(") :]
+        body = body[: body.find("\n\n\n")]
+        if re.search(r"td\.(all_|broadcast|barrier|reduce|new_group)|_into\(|\.apply\(x\)$", body):
+            assert re.search(r"# all ranks", body.splitlines()[0] + body[: body.find('"""')]), name
