@@ -9,8 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import hypothesis
+import pytest
 import torch
 import torch._dynamo  # DDP imports it; here once, not once in every forked rank
+
+from reid_dist.data.synthetic import draw_dataset
 
 if importlib.util.find_spec("nvidia.dali"):
     importlib.import_module("nvidia.dali.fn")  # likewise
@@ -18,3 +21,9 @@ if importlib.util.find_spec("nvidia.dali"):
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def pedestrians(tmp_path_factory):
+    """A data set of 8 training and 8 test identities: 48 images to train on, 16 queries, 32 gallery images."""
+    return draw_dataset(tmp_path_factory.mktemp("data") / "set", ids=8, cams=2, images=3, seed=0)

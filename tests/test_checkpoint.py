@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 
@@ -56,7 +54,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_atomic(file, fail)
-    assert file.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
 def test_learning_rate_is_a_function_of_the_step():

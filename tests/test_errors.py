@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reid_dist.data.synthetic import draw_dataset
-from tests.test_training import TINY, arguments
+from tests.runs import SMALL, TINY, arguments
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
 
@@ -46,7 +46,7 @@ BAD = {
 def command(places, name, output, launcher):
     root, text, _ = BAD[name]
     text = text.replace("BASE", str(places["base"]))
-    argv = arguments(places.get(root, places["base"] / root), output, text)
+    argv = arguments(places.get(root, places["base"] / root), output, f"{SMALL} {text}")
     return [*launcher, "-m", "reid_dist.train", *argv]
 
 

@@ -15,7 +15,10 @@ def test_only_dist_imports_torch_distributed():
 
 
 def test_importing_the_package_is_fast_and_imports_no_torch():
-    code = "import time; t = time.perf_counter(); import reid_dist, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    code = (
+        "import sys, time; start = time.perf_counter(); import reid_dist; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
     seconds, has_torch = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60).split()
     assert float(seconds) < 0.5 and has_torch == "False"
 

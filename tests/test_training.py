@@ -2,61 +2,17 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from reid_dist import train
-from reid_dist.data.synthetic import draw_dataset
-from reid_dist.models import MODELS, Backbone
-from tests import ranks
-from tests.ranks import run_ranks
+from tests.runs import PLAIN, SMALL, TINY, losses_of
+from tests.runs import run as run_with
 
 
-def build_plain(last_stride=1):
-    """Two convolutions without batch norm."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 16, 3, 2), nn.Tanh())
-
-
-MODELS["plain"] = Backbone(build_plain, 16)
-
-SMALL = (
-    "DATA.HEIGHT 32 DATA.WIDTH 16 DATA.TRAIN_BATCH 16 DATA.NUM_INSTANCES 4 DATA.NUM_WORKERS 1 "
-    "DATA.TEST_BATCH 50 MODEL.BN_GROUP 8 MODEL.PRETRAINED '' TRAIN.PRECISION fp64 "
-    "TRAIN.LOG_STEP 1 TRAIN.OPTIMIZER.LR 0.003 TEST.EVAL_STEP 0 TAG t"
-).replace("''", "NONE")
-PLAIN = "MODEL.NAME plain MODEL.FEATURE_DIM 16 MODEL.BN_GROUP 8"
-TINY = "MODEL.NAME tiny MODEL.FEATURE_DIM 128"
-
-
-@pytest.fixture(scope="session")
-def pedestrians(tmp_path_factory):
-    return draw_dataset(tmp_path_factory.mktemp("data") / "set", ids=8, cams=2, images=3, seed=0)
-
-
-def arguments(root, output, text):
-    words = [("" if w == "NONE" else w) for w in f"{SMALL} {text}".split()]
-    return ["--root", str(root), "--output", str(output), *words]
-
-
-def start(argv):
-    """On each rank: what `python -m reid_dist.train` runs."""
-    train.main(ranks.world, argv)
-
-
-def run(world_size, root, output, text):
-    """(train events, last eval event) of a run on so many ranks."""
-    run_ranks(world_size, start, arguments(root, output, text))
-    lines = (Path(output) / "market1501/t/metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    return [e for e in events if e["event"] == "train"], [e for e in events if e["event"] == "eval"]
-
-
-def losses_of(events):
-    return np.array([[e["loss_cla"], e["loss_pair"]] for e in events])
+def run(world_size, root, output, text, flags=()):
+    return run_with(world_size, root, output, f"{SMALL} {text}", flags)
 
 
 @pytest.mark.ranks

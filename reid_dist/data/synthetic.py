@@ -114,7 +114,7 @@ def make_look(seed: int, pid: int, difficulty: float) -> Look:
     own = _draw_look(draws, difficulty)
     family = _draw_look(Draws(seed, _FAMILY, (pid - 1) // _FAMILY_SIZE), difficulty)
     things = ("hair", "hat", "upper", "pattern", "lower", "bag")
-    shared = [name for name in things if draws.chance(min(0.25 * difficulty, 0.9))]
+    shared = [name for name in things if draws.chance(min(0.2 * difficulty, 0.9))]
     return own._replace(**{name: getattr(family, name) for name in shared})
 
 
@@ -157,21 +157,21 @@ class Camera(NamedTuple):
 def make_camera(seed: int, camera: int, difficulty: float) -> Camera:
     """Camera number `camera`, from 1. The more difficult, the stronger its cast, blur and noise."""
     draws, scene_draws = Draws(seed, _CAMERA, camera), Draws(seed, _SCENE, camera)
-    light = 1 + difficulty * draws.uniform(-0.18, 0.12)
-    gains = [max(light * (1 + difficulty * draws.uniform(-0.13, 0.13)), 0.1) for _ in range(3)]
-    pale = min(difficulty * draws.uniform(0.0, 0.2), 0.9)  # towards grey
+    light = 1 + difficulty * draws.uniform(-0.13, 0.09)
+    gains = [max(light * (1 + difficulty * draws.uniform(-0.1, 0.1)), 0.1) for _ in range(3)]
+    pale = min(difficulty * draws.uniform(0.0, 0.12), 0.9)  # towards grey
     cast = [[gains[i] * ((1 - pale) * (i == j) + pale / 3) for j in range(3)] for i in range(3)]
     return Camera(
         scene=_draw_scene(scene_draws, (camera + seed) % 5),
         bush=_hsv(scene_draws, (0.2, 0.4), (0.2, 0.5), (0.2, 0.5)),
         cast=cast,
-        black=difficulty * draws.uniform(0, 16),
-        gradient=min(difficulty, 2) * draws.uniform(-0.15, 0.15),
+        black=difficulty * draws.uniform(0, 12),
+        gradient=min(difficulty, 2) * draws.uniform(-0.12, 0.12),
         view=_VIEWS[camera % 3],
         tilt=draws.uniform(0.0, 0.25),
         lean=draws.uniform(-0.05, 0.05),
-        blur=difficulty * draws.uniform(0.2, 0.6),
-        noise=difficulty * draws.uniform(1, 6),
+        blur=difficulty * draws.uniform(0.2, 0.5),
+        noise=difficulty * draws.uniform(1, 4),
     )
 
 
@@ -232,9 +232,9 @@ def _draw_pose(draws: Draws, camera: Camera, look: Look, difficulty: float) -> P
         facing=draws.choice((-1, 1)),
         stride=stride,
         swing=-stride * draws.uniform(0.6, 1.3),
-        x=0.5 + difficulty * draws.uniform(-0.06, 0.06),
-        y=0.965 + difficulty * draws.uniform(-0.03, 0.03),
-        height=look.height * (0.9 + difficulty * draws.uniform(-0.05, 0.05)),
+        x=0.5 + difficulty * draws.uniform(-0.045, 0.045),
+        y=0.965 + difficulty * draws.uniform(-0.02, 0.02),
+        height=look.height * (0.9 + difficulty * draws.uniform(-0.035, 0.035)),
     )
 
 
@@ -409,13 +409,13 @@ def draw_image(seed: int, look: Look, camera: Camera, whose: tuple[int, int, int
     """One picture, WIDTH x HEIGHT. whose: pid, camera number and image number, which fix all that varies."""
     draws = Draws(seed, _IMAGE, *whose)
     layer = Image.new("RGBA", (WIDTH * _FINE, HEIGHT * _FINE))
-    if draws.chance(0.08 * difficulty):  # somebody walks behind
+    if draws.chance(0.06 * difficulty):  # somebody walks behind
         passer = _draw_look(draws, difficulty)
         pose = _draw_pose(draws, camera, passer, difficulty)
         aside = draws.choice((-1, 1)) * draws.uniform(0.3, 0.5)
         Figure(layer, passer, camera, pose._replace(x=0.5 + aside, y=0.9, height=0.8 * pose.height)).draw()
     Figure(layer, look, camera, _draw_pose(draws, camera, look, difficulty)).draw()
-    if draws.chance(0.08 * difficulty):
+    if draws.chance(0.06 * difficulty):
         _occlude(layer, draws, camera)
     left, exposure = int(draws.uniform(0, _SCENE_WIDTH - WIDTH)), 1 + 0.06 * difficulty * draws.uniform(-1, 1)
     pixels = _develop(_compose(layer.reduce(_FINE), camera.scene[:, left : left + WIDTH]), camera, exposure)
