@@ -263,8 +263,6 @@ class Figure:
         if not self.back:
             self._long_hair()
         self._torso()
-        if self.back:
-            self._long_hair()
         self._head()
         if self.back:
             self._backpack()
@@ -373,6 +371,8 @@ class Figure:
             covers = {"front": (0.035, 0.054, 0.036), "back": (0.07, 0.056, 0.07), "side": (0.055, 0.045, 0.056)}
             y, rx, ry = covers[self.pose.view]
             self.ellipse((-0.018 * self.forward, y), rx, ry, look.hair.colour)
+        if self.back:
+            self._long_hair()
         if look.hat.kind != "none":
             self.ellipse((0, 0.032), 0.06, 0.04, look.hat.colour)
         if look.hat.kind == "cap" and not self.back:
@@ -484,6 +484,7 @@ def draw_dataset(
     Raises ValueError for bad arguments and for an `out` that holds anything else, OSError when it cannot write.
     """
     check_arguments(ids, cams, images, seed, difficulty)
+    difficulty = float(difficulty)  # 1 and 1.0 are the same data set
     facts = {"version": VERSION, "ids": ids, "cams": cams, "images": images, "seed": seed, "difficulty": difficulty}
     if holds_dataset(out, facts):
         return out
@@ -546,12 +547,14 @@ def _write_images(root: Path, ids: int, cams: int, images: int, seed: int, diffi
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:  # argparse would print its usage first
-        raise ValueError(message)
+        raise ValueError(f"command line: {message}; expected the flags of --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 after one line on stderr."""
-    parser = _Parser("python -m reid_dist.data.synthetic", description="Draws the embedded data set.")
+    parser = _Parser(
+        "python -m reid_dist.data.synthetic", description="Draws the embedded data set.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--ids", type=int, default=64, help="training identities; as many others for the test")
     parser.add_argument("--cams", type=int, default=4, help="cameras")
