@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -64,13 +65,16 @@ def run_ranks(world_size, fn, *args, timeout_s=60.0, **kwargs):
 
 def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
     """Runs one rank and ends the process, whatever happens: a child must never come back into the test runner."""
-    faulthandler.dump_traceback_later(timeout_s - 1)  # where a rank hangs, on stderr
     try:
+        # Where a rank hangs, on the real stderr: pytest's stand-ins have no file descriptor.
+        faulthandler.dump_traceback_later(timeout_s - 1, file=sys.__stderr__)
         file = folder / f"{rank}.pickle"
         file.with_suffix(".part").write_bytes(
             pickle.dumps(_outcome(rank, world_size, port, fn, args, kwargs, timeout_s))
         )
         file.with_suffix(".part").rename(file)
+    except BaseException:  # noqa: BLE001 - what could not be carried to the parent is at least seen
+        traceback.print_exc()
     finally:
         os._exit(0)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reid_dist.data import synthetic
 from reid_dist.data.index import build_index
-from reid_dist.data.synthetic import draw_dataset, main, make_camera, make_look
+from reid_dist.data.synthetic import draw_dataset, draw_image, main, make_camera, make_look
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 SMALL = {"ids": 3, "cams": 2, "images": 2}
@@ -66,8 +66,16 @@ def test_same_bytes_for_the_same_arguments(small, tmp_path):
         assert other.keys() == before.keys() and not set(other.values()) & set(before.values())
 
 
-def test_pictures_differ(small):
-    assert len(set(contents(small).values())) == len(contents(small))
+def test_every_picture_has_its_own_pose_and_noise():
+    """Seed, pid, camera and image number each change them, with the same look before the same camera."""
+    look, camera = make_look(0, 1, 1.0), make_camera(0, 1, 1.0)
+    keys = [(0, (1, 1, 0)), (1, (1, 1, 0)), (0, (2, 1, 0)), (0, (1, 2, 0)), (0, (1, 1, 1))]
+    clean = [np.asarray(draw_image(s, look, camera._replace(noise=0), w, 1.0), float) for s, w in keys]
+    noisy = [np.asarray(draw_image(s, look, camera._replace(noise=20), w, 1.0), float) for s, w in keys]
+    for i in range(len(keys)):
+        for j in range(i):
+            assert np.abs(clean[i] - clean[j]).mean() > 1
+            assert abs(np.corrcoef((noisy[i] - clean[i]).ravel(), (noisy[j] - clean[j]).ravel())[0, 1]) < 0.1
 
 
 def test_adding_leaves_the_others_as_they_were(small, tmp_path):
@@ -178,7 +186,7 @@ def test_finished_set_is_left_alone(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_all_or_nothing(tmp_path, monkeypatch, exists):
-    out, draw_image, drawn = tmp_path / "set", synthetic.draw_image, []
+    out, drawn = tmp_path / "set", []
     if exists:
         out.mkdir()
 
@@ -201,7 +209,7 @@ def test_all_or_nothing(tmp_path, monkeypatch, exists):
 
 @pytest.mark.parametrize("theirs", ["the same", "another"])
 def test_two_processes_draw_at_once(tmp_path, monkeypatch, theirs):
-    out, draw_image = tmp_path / "set", synthetic.draw_image
+    out = tmp_path / "set"
 
     def overtaken(*arguments):
         monkeypatch.setattr(synthetic, "draw_image", draw_image)
