@@ -116,7 +116,7 @@ class Reporter:
 def open_bar(epoch: int, total: int, initial: int) -> Any:
     from tqdm import tqdm
 
-    form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+    form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
     return tqdm(total=total, initial=initial, desc=f"epoch {epoch}", bar_format=form, dynamic_ncols=True)
 
 

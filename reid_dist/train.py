@@ -140,6 +140,7 @@ def test(
     state: State,
 ) -> None:  # all ranks
     """Evaluates, logs, and notes the step and the best result in `state`."""
+    reporter.end_progress()
     result, query, gallery = evaluate(model, index, cfg, world, reporter)
     event = eval_event(math.ceil(state.step / plan.num_steps), state.step, result)
     reporter.log(event)
