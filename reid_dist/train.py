@@ -56,6 +56,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     index = read_index(cfg)
     plan = dist.agreed(build_plan, cfg, index)
     saved = dist.agreed(find_checkpoint, cfg, index)
+    dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))
     model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
 
@@ -198,6 +199,16 @@ def find_checkpoint(cfg: Any, index: DatasetIndex) -> dict[str, Any] | None:
     if errors:
         raise ValueError("\n".join([*errors, "--resume: TRAIN.ALLOW_CHANGES true goes on all the same"]))
     return saved
+
+
+def compare_steps(steps: list[int | None]) -> None:
+    """Raises ValueError when ranks would go on from different checkpoints: OUTPUT is not on a shared disk."""
+    other = {r: step for r, step in enumerate(steps) if step != steps[0]}
+    if other:
+        raise ValueError(
+            f"--resume: rank 0 finds the checkpoint of step {steps[0]}, other ranks {other}; expected an OUTPUT that all "
+            "nodes share"
+        )
 
 
 def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State) -> Reporter:  # all ranks

@@ -95,3 +95,12 @@ def test_what_a_run_leaves_behind(pedestrians, tmp_path):
     assert "MAX_EPOCH: 2" in (folder / "config.yaml").read_text()
     assert sorted(f.name for f in (folder / "checkpoints").iterdir())[0] == "best.pt"
     assert not list(folder.rglob(".*"))
+
+
+def test_ranks_that_find_different_checkpoints_are_told():
+    from reid_dist.train import compare_steps
+
+    compare_steps([5, 5, 5])
+    compare_steps([None, None])
+    with pytest.raises(ValueError, match="OUTPUT that all nodes share"):
+        compare_steps([5, 5, None])

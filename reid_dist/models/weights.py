@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..dist import World, agreed
+from ..dist import World, agreed, fail
 from . import ReIDModel, find_backbone
 
 
@@ -21,9 +21,7 @@ def load_pretrained(model: ReIDModel, name: str, source: str, world: World) -> l
         return []
     if source == "imagenet":
         if find_backbone(name).fetch is None:
-            raise ValueError(
-                f"MODEL.PRETRAINED 'imagenet': there are no such weights for MODEL.NAME {name}; expected ''"
-            )
+            fail(f"MODEL.PRETRAINED 'imagenet': there are no such weights for MODEL.NAME {name}; expected ''")
         if world.local_rank == 0:
             weights = agreed(fetch_imagenet, name)
         else:
