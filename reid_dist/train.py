@@ -206,8 +206,8 @@ def compare_steps(steps: list[int | None]) -> None:
     other = {r: step for r, step in enumerate(steps) if step != steps[0]}
     if other:
         raise ValueError(
-            f"--resume: rank 0 finds the checkpoint of step {steps[0]}, other ranks {other}; expected an OUTPUT that all "
-            "nodes share"
+            f"--resume: rank 0 finds the checkpoint of step {steps[0]}, other ranks {other}; "
+            "expected an OUTPUT that all nodes share"
         )
 
 
