@@ -63,7 +63,18 @@ def test_one_line_and_exit_code_2(places, tmp_path, name):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["missing root", "unknown key", "batch not divisible", "other weights"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing root",
+        "empty train folder",
+        "unknown key",
+        "batch not divisible",
+        "unknown loss",
+        "no weights",
+        "other weights",
+    ],
+)
 def test_under_torchrun_every_worker_exits_2_after_one_line(places, tmp_path, name):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     begin = time.monotonic()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from reid_dist.models import MODELS, build_model, find_backbone
+from reid_dist.models import MODELS, Backbone, build_model, find_backbone
 from reid_dist.models.batch_norm import group_batch_norms
 from reid_dist.models.heads import BLOCK_ROWS, CosineClassifier, LinearClassifier
 
@@ -113,3 +113,13 @@ def test_group_batch_norms_keeps_the_keys():
     keys = list(model.state_dict())
     group_batch_norms(model, 4)
     assert list(model.state_dict()) == keys
+
+
+def test_active_dropout_is_an_error():
+    for layer in (nn.Dropout(0.1), nn.Dropout2d(0.5)):
+        MODELS["dropping"] = Backbone(lambda stride, layer=layer: nn.Sequential(nn.Conv2d(3, 8, 3), layer), 8)
+        with pytest.raises(ValueError, match=r"backbone\.1 is Dropout"):
+            build_model("dropping", 8, range(3), cosine=False)
+    MODELS["dropping"] = Backbone(lambda stride: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.0)), 8)
+    build_model("dropping", 8, range(3), cosine=False)
+    del MODELS["dropping"]

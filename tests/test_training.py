@@ -104,3 +104,21 @@ def test_ranks_that_find_different_checkpoints_are_told():
     compare_steps([None, None])
     with pytest.raises(ValueError, match="OUTPUT that all nodes share"):
         compare_steps([5, 5, None])
+
+
+@pytest.mark.ranks
+def test_a_sharded_classifiers_checkpoint_is_the_whole_one_and_loads_anywhere(pedestrians, tmp_path):
+    """3 ranks hold 3, 3 and 2 of the 8 identities' rows."""
+    text = f"{TINY} DATA.TRAIN_BATCH 24 MODEL.BN_GROUP 4 LOSS.CLA_LOSS crossentropy"
+    sharded = f"{text} MODEL.CLASSIFIER_SHARDED true"
+    straight, _ = run(1, pedestrians, tmp_path / "whole", f"{text} TRAIN.MAX_STEPS 6")
+    run(3, pedestrians, tmp_path / "mixed", f"{sharded} TRAIN.MAX_STEPS 2")
+    run(1, pedestrians, tmp_path / "mixed", f"{text} TRAIN.MAX_STEPS 4 MODEL.RESUME auto")
+    resumed, _ = run(2, pedestrians, tmp_path / "mixed", f"{sharded} TRAIN.MAX_STEPS 6 MODEL.RESUME auto")
+    np.testing.assert_allclose(losses_of(resumed), losses_of(straight), rtol=1e-9, atol=1e-9)
+    load = partial(torch.load, weights_only=True)
+    a, b = (load(tmp_path / f / "market1501/t/checkpoints/step_000000006.pt") for f in ("whole", "mixed"))
+    assert {k: v.shape for k, v in a["model"].items()} == {k: v.shape for k, v in b["model"].items()}
+    shapes = [{p: {k: v.shape for k, v in s.items()} for p, s in c["optimizer"]["state"].items()} for c in (a, b)]
+    assert shapes[0] == shapes[1]
+    torch.testing.assert_close(b["model"]["classifier.weight"], a["model"]["classifier.weight"], rtol=1e-8, atol=1e-9)

@@ -68,7 +68,8 @@ def build_model(
 ) -> ReIDModel:
     """A fresh network with the weights of `seed`, the same on every rank. rows: the identities of its classifier.
 
-    Raises ValueError for an unknown name and when feature_dim (MODEL.FEATURE_DIM) is not the network's width.
+    Raises ValueError for an unknown name, for active dropout, and when feature_dim (MODEL.FEATURE_DIM) is not the
+    network's width.
     """
     row = find_backbone(name)
     if row.feature_dim != feature_dim:
@@ -76,4 +77,18 @@ def build_model(
     classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, rows, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ReIDModel(row.build(last_stride), feature_dim, classifier, sharded)
+        model = ReIDModel(row.build(last_stride), feature_dim, classifier, sharded)
+    check_no_dropout(model, name)
+    return model
+
+
+def check_no_dropout(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a layer that would draw other random numbers on every rank: dropout, stochastic depth."""
+    for path, module in model.named_modules():
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        rate = module.p if is_dropout else getattr(module, "drop_prob", 0.0)
+        if rate:
+            kind = type(module).__name__
+            raise ValueError(
+                f"MODEL.NAME {name!r}: {path} is {kind} of rate {rate}; expected a network without dropout"
+            )
