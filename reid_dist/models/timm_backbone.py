@@ -22,7 +22,13 @@ def timm_row(name: str) -> Backbone:
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "see timm.list_models()"
         raise ValueError(f"MODEL.NAME 'timm/{name}': timm has no such network; near ones: {near}")
     with torch.device("meta"):
-        net = timm.create_model(name, num_classes=0, global_pool="")
+        net = timm.create_model(name, num_classes=0, global_pool="").eval()
+        try:
+            shape = net(torch.empty(1, 3, 256, 128)).shape
+        except (AssertionError, RuntimeError):  # a transformer that insists on another size
+            shape = torch.Size()
+    if len(shape) != 4 or shape[1] != net.num_features:
+        raise ValueError(f"MODEL.NAME 'timm/{name}': gives no (B, D, h, w) map; expected a convolutional network")
     feature_dim: Any = net.num_features
     return Backbone(partial(build_timm, name), int(feature_dim), partial(fetch_timm, name))
 
