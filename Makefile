@@ -13,6 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m reid_dist.data.synthetic --out $(DEMO)/data --ids 64 --cams 4 --seed 0
+	rm -rf $(DEMO)/runs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 -m reid_dist.train \
 	    --cfg configs/demo.yaml --root $(DEMO)/data --output $(DEMO)/runs
 	@echo "report: $(CURDIR)/$(DEMO)/runs/market1501/demo (ranked_lists.png, metrics.jsonl, result.json)"

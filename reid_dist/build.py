@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import dist
-from .config import check_config, load_config, resolve
+from .config import check_config, flatten, load_config, resolve
 from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
 from .data.plan import EpochPlan
@@ -38,6 +38,27 @@ def read_index(cfg: Any) -> DatasetIndex:  # all ranks
     fingerprints = dist.gather_objects(index.fingerprint())
     dist.agreed(compare_fingerprints, fingerprints)
     return index
+
+
+def read_same_command(
+    parser: argparse.ArgumentParser, argv: list[str], world: dist.World
+) -> tuple[argparse.Namespace, Any]:  # all ranks
+    """`read_command`, agreed on: a node with another YAML file, or without DALI, is an error of all."""
+    args, cfg = dist.agreed(read_command, parser, argv, world)
+    own = {k: v for k, v in flatten(cfg).items() if k not in ("DATA.ROOT", "OUTPUT")}
+    dist.agreed(compare_configs, dist.gather_objects(own))
+    return args, cfg
+
+
+def compare_configs(configs: list[dict[str, Any]]) -> None:
+    errors = [
+        f"{key} {config[key]!r} on rank {r}, {value!r} on rank 0: expected the same config on all ranks"
+        for r, config in enumerate(configs)
+        for key, value in configs[0].items()
+        if config[key] != value
+    ]
+    if errors:
+        raise ValueError("\n".join(errors))
 
 
 def compare_fingerprints(fingerprints: list[str]) -> None:

@@ -10,6 +10,7 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -180,6 +181,9 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
         # One rank's own error in mid-run: the others are ended by torchrun or by the group's timeout.
         print_error(str(error) or repr(error), f"rank {world.rank}: " if world.world_size > 1 else "")
         end_now(2)
+    except Exception:  # noqa: BLE001 - shown whole; the clean-up of the interpreter could wait for other ranks for ever
+        traceback.print_exc()
+        end_now(1)
     shutdown()
     sys.exit(0)
 

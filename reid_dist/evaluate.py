@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import dist
-from .build import build_network, image_dtype, read_command, read_index
+from .build import build_network, image_dtype, read_index, read_same_command
 from .config import parser, run_folder
 from .data.index import DatasetIndex
 from .data.loader import test_batches
@@ -28,7 +28,7 @@ SHOWN_ANSWERS = 10
 
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
-    args, cfg = dist.agreed(read_command, command_line(), argv, world)
+    args, cfg = read_same_command(command_line(), argv, world)
     index = read_index(cfg)
     model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = dist.agreed(lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}"))

@@ -163,7 +163,8 @@ def gathered_losses(
     if objective.classify_shard is None:
         return pair, None, None
     # Every rank computes the whole global loss here, so what lies behind the features must not be averaged again.
-    x = dist.unwrap(model).classifier(dist.undo_mean(everyone))
+    with torch.autocast(feats.device.type, dtype=objective.autocast, enabled=objective.autocast is not None):
+        x = dist.unwrap(model).classifier(dist.undo_mean(everyone))
     cla = objective.classify_shard(x, global_pids, objective.first_row, objective.num_pids)
     return pair, cla, count_right(x, global_pids, objective.first_row)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, dist
-from .build import build_loader, build_network, build_plan, read_command, read_index
+from .build import build_loader, build_network, build_plan, read_index, read_same_command
 from .config import changed_keys, flatten, parser, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
 
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
-    _, cfg = dist.agreed(read_command, command_line(), argv, world)
+    _, cfg = read_same_command(command_line(), argv, world)
     index = read_index(cfg)
     plan = dist.agreed(build_plan, cfg, index)
     saved = dist.agreed(find_checkpoint, cfg, index)
@@ -70,11 +70,13 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     )
     state = restore(saved, parts) if saved else fresh_state(cfg, plan)
 
+    resumed = saved is not None
+    del saved  # as large as model and optimizer together
     if cfg.EVAL_MODE:
         evaluate_once(model, index, cfg, world, notes)
         return
 
-    reporter = open_reporter(cfg, plan, world, state)
+    reporter = open_reporter(cfg, plan, world, state, resumed)
     for line in [*notes, *summary(cfg, index, plan, model, world, state)]:
         reporter.say(line)
     facts = {"config": cfg.dump(), "index": index.fingerprint()}
@@ -211,10 +213,10 @@ def compare_steps(steps: list[int | None]) -> None:
         )
 
 
-def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State) -> Reporter:  # all ranks
+def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State, resumed: bool) -> Reporter:  # all ranks
     """The run's folder with the resolved config in it, its metrics cut back to the state, and wandb where asked for."""
     folder = run_folder(cfg)
-    dist.agreed(prepare_folder, folder, cfg, world)
+    dist.agreed(prepare_folder, folder, cfg, world, state.step if resumed else None)
     run = (
         start_wandb(cfg.WANDB.MODE, cfg.WANDB.PROJECT, folder, flatten(cfg), state.wandb_id) if world.is_main else None
     )
@@ -224,9 +226,18 @@ def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State) ->
     return reporter
 
 
-def prepare_folder(folder: Path, cfg: Any, world: dist.World) -> None:
+def prepare_folder(folder: Path, cfg: Any, world: dist.World, resumed_step: int | None) -> None:
+    """Rank 0 makes the run's folder. Raises ValueError when a fresh run would write over another one's files."""
     if world.is_main:
+        if resumed_step is None and (folder / "metrics.jsonl").exists():
+            raise ValueError(
+                f"TAG {cfg.TAG!r}: {folder} holds a run; expected --resume auto to go on, or another --tag"
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        # Left of a line of training that this run turns away from; they would pass for newer ones of its own.
+        for file in checkpoint.list_steps(folder / "checkpoints"):
+            if resumed_step is not None and int(checkpoint.NAME.fullmatch(file.name)[1]) > resumed_step:
+                file.unlink()
         text = f"# python -m reid_dist.train {' '.join(sys.argv[1:])}\n{cfg.dump()}"
         checkpoint.write_atomic(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8"))
 

@@ -122,3 +122,31 @@ def test_a_sharded_classifiers_checkpoint_is_the_whole_one_and_loads_anywhere(pe
     shapes = [{p: {k: v.shape for k, v in s.items()} for p, s in c["optimizer"]["state"].items()} for c in (a, b)]
     assert shapes[0] == shapes[1]
     torch.testing.assert_close(b["model"]["classifier.weight"], a["model"]["classifier.weight"], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.ranks
+def test_a_fresh_run_does_not_write_over_another(pedestrians, tmp_path, capfd):
+    run(1, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 4 TRAIN.CHECKPOINT_STEP 2")
+    with pytest.raises(AssertionError, match="UserError"):
+        run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 2")
+    assert capfd.readouterr().err.count("holds a run") == 1
+    # Going on from an earlier checkpoint: later ones of the other line of training do not outlive it.
+    folder = tmp_path / "market1501/t/checkpoints"
+    run(1, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_STEPS 3 MODEL.RESUME {folder}/step_000000002.pt")
+    assert sorted(f.name for f in folder.glob("step*")) == ["step_000000002.pt", "step_000000003.pt"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_bf16_trains(pedestrians, tmp_path, sharded):
+    text = f"{TINY} TRAIN.PRECISION bf16 MODEL.CLASSIFIER_SHARDED {sharded} TRAIN.MAX_STEPS 2"
+    events, _ = run(2, pedestrians, tmp_path, text)
+    assert np.isfinite(losses_of(events)).all()
+
+
+def test_ranks_with_another_config_are_told():
+    from reid_dist.build import compare_configs
+
+    compare_configs([{"SEED": 1}, {"SEED": 1}])
+    with pytest.raises(ValueError, match="SEED 2 on rank 1, 1 on rank 0"):
+        compare_configs([{"SEED": 1}, {"SEED": 2}])
