@@ -55,6 +55,11 @@ def list_steps(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if NAME.fullmatch(f.name))
 
 
+def step_of(file: Path) -> int:
+    """The step in a step checkpoint's name."""
+    return int(file.stem.removeprefix("step_"))
+
+
 def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint on the CPU. Raises ValueError for a file that is missing, broken, or none of ours."""
     if not path.is_file():

@@ -229,14 +229,12 @@ def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State, re
 def prepare_folder(folder: Path, cfg: Any, world: dist.World, resumed_step: int | None) -> None:
     """Rank 0 makes the run's folder. Raises ValueError when a fresh run would write over another one's files."""
     if world.is_main:
-        if resumed_step is None and (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"TAG {cfg.TAG!r}: {folder} holds a run; expected --resume auto to go on, or another --tag"
-            )
+        if not cfg.MODEL.RESUME and (folder / "metrics.jsonl").exists():
+            raise ValueError(f"TAG {cfg.TAG!r}: {folder} holds a run; expected --resume auto, or another --tag")
         folder.mkdir(parents=True, exist_ok=True)
         # Left of a line of training that this run turns away from; they would pass for newer ones of its own.
         for file in checkpoint.list_steps(folder / "checkpoints"):
-            if resumed_step is not None and int(checkpoint.NAME.fullmatch(file.name)[1]) > resumed_step:
+            if resumed_step is not None and checkpoint.step_of(file) > resumed_step:
                 file.unlink()
         text = f"# python -m reid_dist.train {' '.join(sys.argv[1:])}\n{cfg.dump()}"
         checkpoint.write_atomic(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8"))
