@@ -41,7 +41,7 @@ def count_right(x: torch.Tensor, pids: torch.Tensor, first: int) -> torch.Tensor
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """(model, optimizer) state dicts with whole classifier tensors, as if nothing were sharded.  # all ranks
 
-    The whole tensors lie on the CPU: no card has to have room for them.
+    The whole tensors end on the CPU, one after another; each is gathered on this rank's device first.
     """
     weights, slots = model.state_dict(), optimizer.state_dict()
     for name in classifier_names(model):
