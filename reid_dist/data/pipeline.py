@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from .decode import UNREADABLE, decode, why
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -36,8 +37,6 @@ ERASED = (0.4914, 0.4822, 0.4465)  # filled in after normalising, as the origina
 
 _READ_AHEAD = 2  # steps whose files are read before DALI asks for them; DALI itself keeps two or three more
 _READ_TOGETHER = 16  # files a reading thread takes at once: a future for each would cost more than the reading
-# What PIL raises for a file that it cannot read, depending on the format and the damage.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 PathOf = Callable[[int], str]
 
@@ -223,9 +222,9 @@ class _FileSource:
         for indices, encoded in self._in_dali:
             for index, file in zip(indices.tolist(), encoded, strict=True):
                 try:
-                    _decode(io.BytesIO(file.tobytes()))
-                except _UNREADABLE as error:
-                    return _message(self._path_of(index), error)
+                    decode(io.BytesIO(file.tobytes()))
+                except UNREADABLE as error:
+                    return why(self._path_of(index), error)
         return None
 
     def close(self) -> None:
@@ -243,15 +242,10 @@ def _read_file(path: str) -> np.ndarray:
     try:
         data = np.frombuffer(Path(path).read_bytes(), dtype=np.uint8)
     except OSError as error:
-        raise ValueError(_message(path, error)) from None
+        raise ValueError(why(path, error)) from None
     if data.size == 0:
         raise ValueError(f"image {path}: empty file")
     return data
-
-
-def _message(path: str, error: BaseException) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return f"image {path}: {reason}"
 
 
 # --- PIL in worker processes ------------------------------------------------------------------------------------------
@@ -303,21 +297,15 @@ class _PilSteps(Dataset):
         for n, index in enumerate(request.indices.tolist()):
             path = self.path_of(index)
             try:
-                image = _decode(path)
-            except _UNREADABLE as error:
-                return _message(path, error)
+                image = decode(path)
+            except UNREADABLE as error:
+                return why(path, error)
             height, width = request.resize_hw[n].tolist()
             y, x = request.crop_yx[n].tolist()
             pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
             pixels = pixels[y : y + self.height, x : x + self.width]
             images[n] = pixels[:, ::-1] if request.flip[n] else pixels
         return torch.from_numpy(images)
-
-
-def _decode(file: str | io.BytesIO) -> Image.Image:
-    with Image.open(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return image.convert("RGB")
 
 
 # --- on the device that trains ----------------------------------------------------------------------------------------
