@@ -67,7 +67,7 @@ def step_seconds(model: torch.nn.Module, images: torch.Tensor, bf16: bool) -> fl
     (feats.float().square().mean() + logits.float().square().mean()).backward()
     norms = batch_norms(model)
     if norms:
-        update_running_stats(norms)
+        update_running_stats(norms, torch.zeros(()))
     synchronize(images)
     return time.perf_counter() - begin
 

@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace, micro: int) -> dict[str, float]:
     model = build_model(args.model, find_backbone(args.model).feature_dim, range(751), cosine=False)
     group_batch_norms(model, 16)
     model.to(world.device).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model.parameters(), "adam", 3.5e-4, 5e-4, world.device)
+    optimizer = build_optimizer(model.parameters(), "adam", 3.5e-4, 5e-4)
     objective = build_objective(cfg, 751, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
     images = torch.randn(args.batch, 3, args.height, args.width, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, micro: int) -> dict[str, float]:
     losses_of_steps: list[float] = []
     for _ in range(args.steps):
         begin = time.perf_counter()
-        losses = train_step(model, objective, optimizer, scaler, batch_norms(model), images, pids)
+        losses, _ = train_step(model, objective, optimizer, scaler, batch_norms(model), images, pids)
         losses_of_steps.append((losses.cla + losses.pair).item())
         seconds.append(time.perf_counter() - begin)
     return {

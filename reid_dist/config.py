@@ -71,6 +71,9 @@ _C.TRAIN.MICRO_BATCH = (
 _C.TRAIN.LOG_STEP = 10  # steps between log lines
 _C.TRAIN.CHECKPOINT_EPOCH = 1  # epochs between checkpoints; 0: none at epoch ends
 _C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch; both 0: nothing is saved at all
+_C.TRAIN.KEEP_CHECKPOINTS = 2  # the newest so many are kept, and the best
+_C.TRAIN.ON_NAN = "error"  # a step with a non-finite gradient is left out; error: the run ends at the next log line
+_C.TRAIN.MAX_SKIPPED = 10  # ON_NAN skip: so many steps left out in a row are an error all the same
 _C.TRAIN.ALLOW_CHANGES = False  # resume although keys that define the mathematics differ from the checkpoint's
 _C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw | sgd (momentum 0.9, Nesterov)
@@ -84,10 +87,15 @@ _C.TEST = CfgNode()
 _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's distance
 _C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
 _C.TEST.START_EVAL = 0  # no evaluation up to this epoch
+_C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by
 
 _C.WANDB = CfgNode()
 _C.WANDB.MODE = "disabled"  # disabled | offline | online
 _C.WANDB.PROJECT = "reid_dist"
+
+_C.DIST = CfgNode()
+_C.DIST.START_TIMEOUT_S = 1800.0  # seconds that a rank waits for the others, until the first step is done
+_C.DIST.TIMEOUT_S = 300.0  # the same from then on; a rank that is stuck for half of it says where it stands
 
 _C.SEED = 0  # of the epoch plan and of the initial weights
 _C.EVAL_MODE = False  # like --eval: evaluate only
@@ -99,7 +107,8 @@ _C.TAG = "res50-ce-tri"
 FREE_ON_RESUME = {
     "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
     "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MICRO_BATCH", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH",
-    "TRAIN.CHECKPOINT_STEP", "TRAIN.ALLOW_CHANGES", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
+    "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
+    "DIST.START_TIMEOUT_S", "DIST.TIMEOUT_S", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
     "EVAL_MODE", "GPU", "OUTPUT", "TAG",
 }  # fmt: skip
 
@@ -110,6 +119,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "MODEL.RES4_STRIDE": (1, 2),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
+    "TRAIN.ON_NAN": ("error", "skip"),
+    "TEST.BEST_METRIC": ("rank1", "mAP"),
     "TEST.DISTANCE": ("cosine", "euclidean"),
     "WANDB.MODE": ("disabled", "offline", "online"),
 }
@@ -117,6 +128,7 @@ AT_LEAST: dict[str, float] = {
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
     "DATA.NUM_INSTANCES": 1, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,
+    "TRAIN.KEEP_CHECKPOINTS": 1, "TRAIN.MAX_SKIPPED": 1, "DIST.START_TIMEOUT_S": 1.0, "DIST.TIMEOUT_S": 1.0,
     "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0, "TRAIN.OPTIMIZER.LR": 0.0,
     "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "SEED": 0,
 }  # fmt: skip

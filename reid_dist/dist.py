@@ -11,65 +11,24 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as td
 
+from . import watchdog
+from .failure import UserError, end_now, lost_peer, print_error
+from .world import World, read_environment
+
 T = TypeVar("T")
 
 # torch 2.14 renamed these two; 2.11 has the old names only.
 _all_gather_into = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 _reduce_scatter_into = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
-
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class World:
-    """Facts about this process. `local_rank` picks the CUDA device and serves for nothing else."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-class UserError(Exception):
-    """A mistake of the user's that every rank knows of; ends every rank with exit code 2."""
-
-
-def read_environment(env: dict[str, str]) -> tuple[int, int, int]:
-    """(rank, local_rank, world_size) from torchrun's variables; (0, 0, 1) when none is set.
-
-    Raises ValueError when only some of them are set or one is no number: guessing would start a wrong world.
-    """
-    # MASTER_ADDR and MASTER_PORT alone are harmless (login shells set them); the numbers say that we were launched.
-    present = [name for name in ENVIRONMENT[:3] if name in env]
-    if not present:
-        return 0, 0, 1
-    missing = [name for name in ENVIRONMENT if name not in env]
-    if missing:
-        raise ValueError(
-            f"environment: {', '.join(present)} set but {', '.join(missing)} missing; "
-            "start with torchrun (sets all five) or unset them all"
-        )
-    try:
-        rank, local_rank, world_size = (int(env[name]) for name in ENVIRONMENT[:3])
-    except ValueError:
-        values = ", ".join(f"{name}={env[name]!r}" for name in ENVIRONMENT[:3])
-        raise ValueError(f"environment: {values}; expected three integers") from None
-    if not 0 <= rank < world_size:
-        raise ValueError(f"environment: RANK={rank} with WORLD_SIZE={world_size}; expected 0 <= RANK < WORLD_SIZE")
-    return rank, local_rank, world_size
 
 
 def init(timeout_s: float = 600.0) -> World:  # all ranks
@@ -92,7 +51,33 @@ def init(timeout_s: float = 600.0) -> World:  # all ranks
         backend = "gloo"
     if "RANK" in os.environ:
         td.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        global _timeout
+        _timeout = timedelta(seconds=timeout_s)
     return World(rank, local_rank, world_size, device)
+
+
+_timeout = timedelta(seconds=600)
+_groups: list[Any] = []  # all process groups that were made beside the default one
+
+
+def set_timeout(seconds: float) -> None:  # all ranks
+    """From here on, a collective that a peer does not join within so many seconds becomes an error."""
+    global _timeout
+    if _timeout == timedelta(seconds=seconds):
+        return
+    _timeout = timedelta(seconds=seconds)
+    watchdog.set_limit(seconds / 2)
+    if td.is_initialized():
+        for group in [None, *_groups]:
+            td.distributed_c10d._set_pg_timeout(_timeout, group)
+
+
+def new_group(ranks: list[int] | None = None, backend: str | None = None) -> Any:  # all ranks
+    """A process group with the timeout that holds for all."""
+    group = td.new_group(ranks, timeout=_timeout, backend=backend)
+    if ranks is None or rank() in ranks:
+        _groups.append(group)
+    return group
 
 
 def shutdown() -> None:
@@ -142,7 +127,7 @@ def agreed(step: Callable[..., T], *args: Any, **kwargs: Any) -> T:  # all ranks
             print_error(message, f"rank {r}: " if r > 0 else "")
         # torchrun sends SIGTERM to the rest when the first rank ends; all of them are about to exit with 2.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        barrier()
+        gather_objects(None)
         raise UserError
     return result  # type: ignore[return-value]
 
@@ -157,16 +142,11 @@ def _raise(message: str) -> None:
     raise ValueError(message)
 
 
-def print_error(message: str, prefix: str = "") -> None:
-    """One line per error on stderr, written in one go so that ranks do not mix."""
-    sys.stderr.write("".join(f"reid_dist: error: {prefix}{line}\n" for line in message.splitlines()))
-    sys.stderr.flush()
-
-
 def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoReturn:
     """Runs main(world) between start and end of the process group; exits 0, or 2 after a user's error.
 
-    Any other exception keeps its traceback (torchrun shows it) and exit code 1.
+    Any other exception keeps its traceback and exit code 1. torchrun shows the traceback of the rank that failed first
+    at the very end; a rank that only lost its peer says so in one line.
     """
     try:
         world = init(timeout_s)
@@ -178,21 +158,32 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
     except UserError:
         end_now(2)
     except (ValueError, OSError) as error:
-        # One rank's own error in mid-run: the others are ended by torchrun or by the group's timeout.
+        # One rank's own error in mid-run: the others lose their peer, or are ended by the group's timeout.
+        watchdog.note_error(error)
         print_error(str(error) or repr(error), f"rank {world.rank}: " if world.world_size > 1 else "")
+        tell_torchrun(error)
         end_now(2)
-    except Exception:  # noqa: BLE001 - shown whole; the clean-up of the interpreter could wait for other ranks for ever
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - shown; the clean-up of the interpreter could wait for others for ever
+        stood = watchdog.note_error(error)
+        if world.world_size > 1 and lost_peer(error):
+            reason = str(error).strip().splitlines()[0]
+            print_error(f"{stood}, when it lost another rank, or waited for one too long: {reason}")
+        else:
+            traceback.print_exc()
+            print_error(stood)
+        tell_torchrun(error)
         end_now(1)
     shutdown()
     sys.exit(0)
 
 
-def end_now(code: int) -> NoReturn:
-    """Exits without the interpreter's clean-up, which can wait for threads that wait for another rank."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def tell_torchrun(error: BaseException) -> None:
+    """Leaves the traceback where torchrun looks for it; it shows the first failure's last of all."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with suppress(OSError):
+            get_error_handler().record_exception(error)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -308,7 +299,7 @@ def consecutive_ranks(size: int) -> td.ProcessGroup | None:  # all ranks
         return None
     if size not in _subgroups:
         starts = range(0, world_size(), size)
-        _subgroups[size] = [td.new_group(list(range(start, start + size))) for start in starts]
+        _subgroups[size] = [new_group(list(range(start, start + size))) for start in starts]
     return _subgroups[size][rank() // size]
 
 
@@ -324,6 +315,57 @@ def all_max(tensor: torch.Tensor) -> torch.Tensor:  # all ranks
     if world_size() > 1:
         td.all_reduce(tensor, op=td.ReduceOp.MAX)
     return tensor
+
+
+def gather_to_main(rows: torch.Tensor) -> torch.Tensor | None:  # all ranks
+    """(n_r, ...) on rank r -> (sum n_r, ...) in rank order on rank 0, in CPU memory; None on the others.
+
+    Rank 0 needs room for the whole on the CPU, and nobody more on a GPU than it has.
+    """
+    rows = rows.detach().to("cpu").contiguous()
+    sizes = all_gather_sizes(rows.shape[0])
+    if rank() > 0:
+        td.send(rows, dst=0)
+        return None
+    whole = rows.new_empty((sum(sizes), *rows.shape[1:]))
+    for r, part in enumerate(whole.split(sizes)):
+        if r == 0:
+            part.copy_(rows)
+        else:
+            td.recv(part, src=r)
+    return whole
+
+
+class Vote:
+    """Flags that one rank raises and all ranks act on after the same step: a signal, a checkpoint that failed.
+
+    A small all-reduce over a CPU group is started at each step and read `LAG` steps later, when it is long done: no
+    step and no GPU waits for it.
+    """
+
+    LAG = 2
+
+    def __init__(self) -> None:  # all ranks
+        self._group = new_group(backend="gloo") if world_size() > 1 else None
+        self._running: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def cast(self, flags: int) -> int:  # all ranks
+        """This rank's flags of this step (bits); returns the union of all ranks' flags as of LAG steps ago."""
+        if self._group is None:
+            return flags
+        bits = torch.tensor([flags >> i & 1 for i in range(8)], dtype=torch.uint8)
+        self._running.append((bits, td.all_reduce(bits, op=td.ReduceOp.MAX, group=self._group, async_op=True)))
+        if len(self._running) <= self.LAG:
+            return 0
+        bits, work = self._running.popleft()
+        work.wait()
+        return sum(bit << i for i, bit in enumerate(bits.tolist()))
+
+    def close(self) -> None:  # all ranks
+        """Takes in what is still under way, so that nothing is left behind when the process group ends."""
+        for _, work in self._running:
+            work.wait()
+        self._running.clear()
 
 
 class _SumAlike(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,19 +14,32 @@ OPTIMIZERS = {
 }
 
 
-def build_optimizer(
-    params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """adam (decay coupled, as the original), adamw, or sgd with momentum 0.9 and Nesterov; decay on every parameter.
 
-    The fused kernel serves on CUDA: one launch for all tensors, and it takes fp16's found-inf flag on the device.
+    The fused kernels serve on CUDA and CPU: one launch for all tensors, and `step_unless` needs their found-inf flag.
     """
     kwargs = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
-    if device.type == "cuda":
-        kwargs["fused"] = True
-    optimizer = OPTIMIZERS[name]
-    assert all(key in inspect.signature(optimizer).parameters for key in kwargs)
-    return optimizer(params, lr=lr, weight_decay=weight_decay, **kwargs)
+    optimizer = OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, fused=True, **kwargs)
+    if name == "sgd":
+        # The first step would make them, and leaves them unset when it is one that is left out.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """optimizer.step(), or nothing at all where bad (scalar tensor on the device) is 1.0; the host does not wait.
+
+    fp16's scaler leaves a step out by itself when gradients overflow, which a non-finite loss makes them do.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+        return
+    optimizer.found_inf = bad  # type: ignore[attr-defined] # what torch's fused kernels look at, as with the scaler
+    optimizer.step()
 
 
 def lr_at(step: int, steps_per_epoch: int, base: float, milestones: Sequence[int], decay: float) -> float:

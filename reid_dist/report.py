@@ -122,8 +122,9 @@ def open_bar(epoch: int, total: int, initial: int) -> Any:
 
 def describe(event: dict[str, Any]) -> str:
     """The numbers of a train event as people read them while they wait."""
+    loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
     return (
-        f"loss {event['loss']:.4f}  acc {event['acc']:.1%}  {event['images_per_s']:.0f} images/s  "
+        f"loss {loss}  acc {event['acc']:.1%}  {event['images_per_s']:.0f} images/s  "
         f"data wait {event['data_wait']:.0%}  lr {event['lr']:.2g}"
     )
 

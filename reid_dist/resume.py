@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
-from . import checkpoint, dist
+from . import checkpoint, dist, preemption
 from .config import changed_keys, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
@@ -23,7 +26,9 @@ class State:
 
     step: int = 0  # training steps done since the run's beginning
     last_eval: int = -1  # the step that was last evaluated
-    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, by rank1 as the original
+    best: dict[str, Any] = field(default_factory=dict)  # the best evaluation so far, by TEST.BEST_METRIC
+    skipped: int = 0  # steps left out for a non-finite gradient
+    skipped_in_a_row: int = 0
     wandb_id: str = ""
 
 
@@ -36,42 +41,98 @@ class Parts(NamedTuple):
     rows: range
 
 
-def save(parts: Parts, state: State, facts: dict[str, Any], cfg: Any, world: dist.World) -> None:  # all ranks
-    """Rank 0 writes the whole state, and best.pt when the last evaluation was the best so far."""
-    model, optimizer, scaler, _ = parts
-    switched_off = cfg.TRAIN.CHECKPOINT_EPOCH == cfg.TRAIN.CHECKPOINT_STEP == 0
-    if switched_off or not (world.is_main or model.sharded):
-        return
-    weights, slots = whole_state(model, optimizer) if model.sharded else (model.state_dict(), optimizer.state_dict())
-    if world.is_main:
-        whole = {"model": weights, "optimizer": slots, "scaler": scaler.state_dict()} | vars(state) | facts
-        checkpoint.save(run_folder(cfg) / "checkpoints", whole)
-        if state.best and state.best["step"] == state.step:
-            checkpoint.save(run_folder(cfg) / "checkpoints", whole, best=True)
+class Saver:
+    """Writes the checkpoints of one run. facts: what of it never changes (config, index)."""
+
+    def __init__(self, cfg: Any, world: dist.World, facts: dict[str, Any]):
+        self.folder, self.facts = run_folder(cfg), facts
+        self.writer = (
+            checkpoint.Writer(self.folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS) if world.is_main else None
+        )
+
+    def save(self, parts: Parts, state: State) -> None:  # all ranks
+        """The whole state as it is now; and best.pt when the last evaluation was the best so far."""
+        model, optimizer, scaler, _ = parts
+        weights, slots = model.state_dict(), optimizer.state_dict()
+        if model.sharded:
+            weights, slots = whole_state(model, optimizer)
+        if self.writer is not None:
+            whole = {"model": weights, "optimizer": slots, "scaler": scaler.state_dict()} | vars(state) | self.facts
+            self.writer.start(whole, best=bool(state.best) and state.best["step"] == state.step)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of a write that failed."""
+        return self.writer is not None and self.writer.error is not None
+
+    def finish(self) -> None:  # all ranks
+        """Waits for the last write; ends all ranks if one has failed."""
+        dist.agreed(self._finish)
+
+    def _finish(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+            self.writer.check()
+
+    def note_preemption(self, state: State, notice: preemption.Notice) -> None:  # all ranks
+        """Once the checkpoint is complete: writes the file that tells a launcher to start the run again."""
+        self.finish()
+        if self.writer is not None:
+            facts = {"step": state.step, "signal": notice.name, "seconds": round(time.time() - notice.at, 3)}
+            if not notice.name:  # it came to another rank
+                facts = {"step": state.step}
+            text = json.dumps(facts) + "\n"
+            checkpoint.write_atomic(self.folder / preemption.FILE, lambda part: part.write_text(text))
 
 
-def restore(saved: dict[str, Any], parts: Parts) -> State:
-    """Fills model, optimizer and scaler from a checkpoint of any number of ranks; returns its State."""
+def restore(saved: dict[str, Any], parts: Parts, cfg: Any) -> tuple[State, list[str]]:
+    """Fills model, optimizer and scaler from a checkpoint of any number of ranks; returns (its State, notes).
+
+    The optimizer's settings are the config's. With TRAIN.ALLOW_CHANGES another optimizer starts anew, which a note
+    says. Raises ValueError when the weights are of another network.
+    """
     model, optimizer, scaler, rows = parts
     weights, slots = saved["model"], saved["optimizer"]
-    if model.sharded:
-        weights, slots = own_state(weights, slots, model, rows)
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(slots)
-    scaler.load_state_dict(saved["scaler"])
-    return State(**{name: saved[name] for name in State.__dataclass_fields__})
+    notes = []
+    try:
+        if model.sharded:
+            weights, slots = own_state(weights, slots, model, rows)
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--resume: the checkpoint's weights do not fit this network: {reason[:300]}") from None
+    saved_name = yaml.safe_load(saved["config"])["TRAIN"]["OPTIMIZER"]["NAME"]
+    if saved_name == cfg.TRAIN.OPTIMIZER.NAME:
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(slots)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+    else:
+        notes.append(f"resume    TRAIN.OPTIMIZER.NAME is {cfg.TRAIN.OPTIMIZER.NAME}, was {saved_name}: it starts anew")
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    return State(**{name: saved[name] for name in State.__dataclass_fields__}), notes
 
 
 def fresh_state(cfg: Any, plan: EpochPlan) -> State:
+    """Raises ValueError when TRAIN.START_EPOCH leaves nothing to train."""
     steps = cfg.TRAIN.START_EPOCH * plan.num_steps
+    if 0 < cfg.TRAIN.MAX_STEPS <= steps:
+        raise ValueError(
+            f"TRAIN.MAX_STEPS {cfg.TRAIN.MAX_STEPS} with TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH}, {steps} steps "
+            f"taken as done: expected more than {steps}, or 0"
+        )
     return State(step=steps, last_eval=steps)
 
 
-def find_checkpoint(cfg: Any, index: DatasetIndex) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if any. Raises ValueError when it belongs to other mathematics or other data."""
-    saved = checkpoint.find(run_folder(cfg) / "checkpoints", cfg.MODEL.RESUME)
+def find_checkpoint(cfg: Any, index: DatasetIndex) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the checkpoint to go on from, if any; notes of what was passed over).
+
+    Raises ValueError when it belongs to other mathematics or other data.
+    """
+    saved, notes = checkpoint.find(run_folder(cfg) / "checkpoints", cfg.MODEL.RESUME)
     if saved is None or cfg.TRAIN.ALLOW_CHANGES:
-        return saved
+        return saved, notes
     errors = [f"--resume: {change}; expected the checkpoint's value" for change in changed_keys(saved["config"], cfg)]
     if saved["index"] != index.fingerprint():
         errors.append(
@@ -79,7 +140,7 @@ def find_checkpoint(cfg: Any, index: DatasetIndex) -> dict[str, Any] | None:
         )
     if errors:
         raise ValueError("\n".join([*errors, "--resume: TRAIN.ALLOW_CHANGES true goes on all the same"]))
-    return saved
+    return saved, notes
 
 
 def compare_steps(steps: list[int | None]) -> None:
@@ -97,7 +158,8 @@ def prepare_folder(folder: Path, cfg: Any, world: dist.World, resumed_step: int 
     if world.is_main:
         if not cfg.MODEL.RESUME and (folder / "metrics.jsonl").exists():
             raise ValueError(f"TAG {cfg.TAG!r}: {folder} holds a run; expected --resume auto, or another --tag")
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / preemption.FILE).unlink(missing_ok=True)
         # Left of a line of training that this run turns away from; they would pass for newer ones of its own.
         for file in checkpoint.list_steps(folder / "checkpoints"):
             if resumed_step is not None and checkpoint.step_of(file) > resumed_step:

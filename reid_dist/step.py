@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import dist
+from . import dist, watchdog
 from .losses import build_classification, build_pairwise, build_sharded_classification
 from .models.batch_norm import GroupBatchNorm, forget_stats, not_noting, update_running_stats
 from .models.sharded import classifier_rows, complete, count_right
+from .optim import step_unless
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -67,17 +68,33 @@ def train_step(
     norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
-) -> Losses:  # all ranks
+) -> tuple[Losses, torch.Tensor]:  # all ranks
     """One optimizer step on this rank's images (B, 3, H, W) of a global batch with labels global_pids (N,).
 
-    Nothing in it waits for the device.
+    Returns the losses, and a scalar that is 1.0 where the step was left out for a non-finite gradient (or loss, with
+    fp16), 0.0 else; both stay on the device. Nothing in it waits for the device.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = backward(ddp, objective, scaler, norms, images, global_pids)
-    scaler.step(optimizer)
-    scaler.update()
-    update_running_stats(norms)
-    return losses
+    watchdog.at("update")
+    bad = non_finite(ddp, losses, scaler)
+    step_unless(bad, optimizer, scaler)
+    update_running_stats(norms, bad)
+    return Losses(*(value.detach() for value in losses)), bad
+
+
+def non_finite(ddp: nn.Module, losses: Losses, scaler: torch.amp.GradScaler) -> torch.Tensor:  # all ranks
+    """1.0 on all ranks alike when this step must not change the weights, else 0.0: a scalar on the device.
+
+    The gradients are the same on all ranks after DDP's mean, so each looks at its own; a sharded classifier's are not,
+    and with fp16, where gradients that overflow are the scaler's everyday business, it is the losses that count.
+    """
+    if scaler.is_enabled():
+        value = losses.cla + losses.pair
+    else:
+        value = torch.stack(torch._foreach_norm([p.grad for p in ddp.parameters() if p.grad is not None])).sum()
+    bad = (~value.detach().isfinite()).float()
+    return dist.all_max(bad) if scaler.is_enabled() or dist.unwrap(ddp).sharded else bad
 
 
 def backward(
@@ -92,11 +109,13 @@ def backward(
     if objective.micro_batch not in (0, len(images)):
         return backward_in_pieces(ddp, objective, scaler, norms, images, global_pids)
     pids = global_pids[objective.offset : objective.offset + len(images)]
+    watchdog.at("forward")
     feats, logits = forward(ddp, images, objective.autocast)
     pair, cla, correct = gathered_losses(ddp, objective, feats, global_pids)
     if logits is not None:
         cla, correct = objective.classify(logits, pids), (logits.detach().argmax(1) == pids).sum()
     assert cla is not None and correct is not None
+    watchdog.at("backward")
     scaler.scale(cla + pair).backward()
     return Losses(cla, pair, correct)
 
@@ -119,12 +138,14 @@ def backward_in_pieces(
     pids = global_pids[objective.offset : objective.offset + len(images)]
     pieces = images.split(objective.micro_batch)
     model = dist.unwrap(ddp)
+    watchdog.at("forward")
     with torch.no_grad():
         feats = torch.cat([forward(model, piece, objective.autocast)[0] for piece in pieces])
     feats.requires_grad_()
     pair, cla, correct = gathered_losses(model, objective, feats, global_pids)
     scaler.scale(pair if cla is None else cla + pair).backward()
     assert feats.grad is not None
+    watchdog.at("backward")
     parts = zip(pieces, feats.grad.split(objective.micro_batch), pids.split(objective.micro_batch), strict=True)
     by_piece = []
     for i, (piece, grad, piece_pids) in enumerate(parts):
@@ -158,6 +179,7 @@ def gathered_losses(
     pids = global_pids[objective.offset : objective.offset + len(feats)]
     if not objective.gather:
         return objective.compare(feats, pids, feats, pids, 0), None, None
+    watchdog.at("gather")
     everyone = dist.gather_rows(feats)
     pair = objective.compare(feats, pids, everyone, global_pids, objective.offset)
     if objective.classify_shard is None:

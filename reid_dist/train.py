@@ -15,39 +15,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dist
+from . import dist, preemption, watchdog
 from .build import build_loader, build_network, build_plan, read_index, read_same_command
 from .config import flatten, parser, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
 from .evaluate import evaluate, evaluate_once, show_ranked_lists
+from .finite import finite_or_none, settle
 from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import build_optimizer, lr_at, set_lr
 from .report import Reporter, clock, eval_event, start_wandb, table
-from .resume import Parts, State, compare_steps, find_checkpoint, fresh_state, prepare_folder, restore, save
-from .step import Objective, build_objective, global_values, rehearse, train_step
+from .resume import Parts, Saver, State, compare_steps, find_checkpoint, fresh_state, prepare_folder, restore
+from .step import Losses, Objective, build_objective, global_values, rehearse, train_step
+
+# What a rank may raise in the vote of a step.
+PREEMPTED, NOT_SAVED = 1, 2
 
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     _, cfg = read_same_command(command_line(), argv, world)
     index = read_index(cfg)
     plan = dist.agreed(build_plan, cfg, index)
-    saved = dist.agreed(find_checkpoint, cfg, index)
+    dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
+    saved, notes = dist.agreed(find_checkpoint, cfg, index)
     dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))
     model = dist.agreed(build_network, cfg, index.num_pids, world)
-    notes = [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
+    notes += [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
 
     objective = build_objective(cfg, index.num_pids, world)
     ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
     opt = cfg.TRAIN.OPTIMIZER
-    optimizer = build_optimizer(model.parameters(), opt.NAME, opt.LR, opt.WEIGHT_DECAY, world.device)
+    optimizer = build_optimizer(model.parameters(), opt.NAME, opt.LR, opt.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
     parts = Parts(
         model, optimizer, scaler, classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
     )
-    state = restore(saved, parts) if saved else fresh_state(cfg, plan)
+    if saved:
+        state, changes = dist.agreed(restore, saved, parts, cfg)
+        notes += changes
+    else:
+        state = dist.agreed(fresh_state, cfg, plan)
 
     resumed = saved is not None
     del saved  # as large as model and optimizer together
@@ -56,12 +65,15 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
         return
 
     reporter = open_reporter(cfg, plan, world, state, resumed)
-    for line in [*notes, *summary(cfg, index, plan, model, world, state)]:
+    for line in [*notes, *summary(cfg, index, plan, model, world, state, resumed)]:
         reporter.say(line)
-    facts = {"config": cfg.dump(), "index": index.fingerprint()}
-    rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
-    fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, facts)
-    if best := state.best:
+    saver = Saver(cfg, world, {"config": cfg.dump(), "index": index.fingerprint()})
+    with watchdog.watching(world.rank, run_folder(cfg)):
+        rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
+        done = fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, saver)
+    if not done:
+        reporter.say(f"preempted after step {state.step}; the same command with --resume auto goes on from there")
+    elif best := state.best:
         reporter.say(f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}")
     reporter.say(f"everything of this run: {run_folder(cfg)}")
     reporter.close()
@@ -77,63 +89,86 @@ def fit(
     parts: Parts,
     state: State,
     reporter: Reporter,
-    facts: dict[str, Any],
-) -> None:  # all ranks
-    """Trains from state.step to the last step; logs, saves and tests where the config says."""
+    saver: Saver,
+) -> bool:  # all ranks
+    """Trains from state.step to the last step; logs, saves and tests where the config says. False when preempted."""
     model, optimizer, scaler, _ = parts
     norms, last, batch_size = batch_norms(model), last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
     base, schedule = cfg.TRAIN.OPTIMIZER.LR, cfg.TRAIN.LR_SCHEDULER
-    if state.last_eval < state.step and state.step > 0 and test_due(state.step, cfg, plan):
-        # The run was cut off between a checkpoint and the evaluation that belongs to it.
-        test(model, index, cfg, plan, world, reporter, state)
-        save(parts, state, facts, cfg, world)
-    with build_loader(cfg, index, plan, world, state.step) as loader:
+    vote = dist.Vote()
+    unread: list[tuple[Losses, torch.Tensor]] = []
+    with preemption.noticing() as notice, build_loader(cfg, index, plan, world, state.step) as loader:
+        if state.last_eval < state.step and state.step > 0 and test_due(state.step, cfg, plan):
+            # The run was cut off between a checkpoint and the evaluation that belongs to it.
+            test(parts, index, cfg, plan, world, reporter, state, saver)
         began, waited, steps = clock(), 0.0, 0
+        watchdog.at("data", state.step + 1)
         for batch in itertools.islice(loader, max(0, last - state.step)):
             lr = lr_at(state.step, plan.num_steps, base, schedule.STEPSIZE, schedule.DECAY_RATE)
             set_lr(optimizer, lr)
-            losses = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
+            losses, bad = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
+            unread.append((losses, bad))
             state.step, steps, waited = state.step + 1, steps + 1, waited + batch.data_wait
+            flags = vote.cast(PREEMPTED * bool(notice.name) | NOT_SAVED * saver.failed)
+            preempted = bool(flags & PREEMPTED) and state.step < last
+            log_due = state.step % cfg.TRAIN.LOG_STEP == 0 or state.step == last
+            if log_due or preempted or save_due(state.step, cfg, plan) or test_due(state.step, cfg, plan):
+                settle(unread, state, cfg, index, plan, reporter)  # here alone the host waits for the device
             event = None
-            if state.step % cfg.TRAIN.LOG_STEP == 0 or state.step == last:
-                values = global_values(losses, batch_size)  # all ranks; the only place that waits for the device
+            if log_due:
+                values = {k: finite_or_none(v) for k, v in global_values(losses, batch_size).items()}
                 seconds = clock() - began
                 speed = {"lr": lr, "images_per_s": steps * batch_size / seconds, "data_wait": waited / seconds}
                 event = {"event": "train", "epoch": batch.epoch, "step": state.step, **values, **speed}
-                reporter.log(event)
-                check_finite(event)
+                reporter.log(event | {"skipped": state.skipped})
             reporter.progress(batch.epoch, batch.step + 1, event)
-            if save_due(state.step, cfg, plan):
-                save(parts, state, facts, cfg, world)
+            if save_due(state.step, cfg, plan) or preempted:
+                watchdog.at("save")
+                saver.save(parts, state)
+            if flags & NOT_SAVED:
+                saver.finish()
+            if preempted:
+                vote.close()
+                saver.note_preemption(state, notice)
+                return False
             if test_due(state.step, cfg, plan):
-                test(model, index, cfg, plan, world, reporter, state)
-                save(parts, state, facts, cfg, world)
+                test(parts, index, cfg, plan, world, reporter, state, saver)
             if event or state.last_eval == state.step:
                 began, waited, steps = clock(), 0.0, 0
+            dist.set_timeout(cfg.DIST.TIMEOUT_S)
+            watchdog.at("data", state.step + 1)
+        vote.close()
+    saver.finish()
+    return True
 
 
 def test(
-    model: nn.Module,
+    parts: Parts,
     index: DatasetIndex,
     cfg: Any,
     plan: EpochPlan,
     world: dist.World,
     reporter: Reporter,
     state: State,
+    saver: Saver,
 ) -> None:  # all ranks
-    """Evaluates, logs, and notes the step and the best result in `state`."""
+    """Evaluates, logs, notes the step and the best result in `state`, and saves."""
+    watchdog.at("evaluation")
     reporter.end_progress()
-    result, query, gallery = evaluate(model, index, cfg, world, reporter)
+    result, query, gallery = evaluate(parts.model, index, cfg, world, reporter)
     event = eval_event(math.ceil(state.step / plan.num_steps), state.step, result)
     reporter.log(event)
     reporter.say(table({f"{index.name}, epoch {event['epoch']}": event}))
     state.last_eval = state.step
-    if not state.best or event["rank1"] > state.best["rank1"]:
+    if not state.best or event[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
         state.best = event
     if state.step == last_step(cfg, plan):
         picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
         reporter.save_result({"final": event, "best": state.best, "steps": state.step})
         reporter.say(f"ranked lists: {picture}")
+    if saves(cfg):
+        watchdog.at("save")
+        saver.save(parts, state)
 
 
 def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State, resumed: bool) -> Reporter:  # all ranks
@@ -159,10 +194,17 @@ def last_step(cfg: Any, plan: EpochPlan) -> int:
     return min(steps, cfg.TRAIN.MAX_STEPS) if cfg.TRAIN.MAX_STEPS else steps
 
 
+def saves(cfg: Any) -> bool:
+    """Whether the run writes checkpoints at all (a preempted one does in any case)."""
+    return bool(cfg.TRAIN.CHECKPOINT_EPOCH or cfg.TRAIN.CHECKPOINT_STEP)
+
+
 def save_due(step: int, cfg: Any, plan: EpochPlan) -> bool:
     """At the end, at every CHECKPOINT_EPOCH-th epoch's end and at every CHECKPOINT_STEP-th step."""
     by_epoch, by_step = cfg.TRAIN.CHECKPOINT_EPOCH * plan.num_steps, cfg.TRAIN.CHECKPOINT_STEP
-    return step == last_step(cfg, plan) or any(every and step % every == 0 for every in (by_epoch, by_step))
+    return (saves(cfg) and step == last_step(cfg, plan)) or any(
+        every and step % every == 0 for every in (by_epoch, by_step)
+    )
 
 
 def test_due(step: int, cfg: Any, plan: EpochPlan) -> bool:
@@ -174,18 +216,8 @@ def test_due(step: int, cfg: Any, plan: EpochPlan) -> bool:
     )
 
 
-def check_finite(event: dict[str, Any]) -> None:  # all ranks
-    """Ends the run on a loss that is no number; the values are global, so all ranks come to the same conclusion."""
-    if not math.isfinite(event["loss"]):
-        dist.fail(
-            f"loss {event['loss']} at step {event['step']} (classification {event['loss_cla']}, pairs "
-            f"{event['loss_pair']}); "
-            "expected a finite number: try a lower TRAIN.OPTIMIZER.LR, or bf16 instead of fp16"
-        )
-
-
 def summary(
-    cfg: Any, index: DatasetIndex, plan: EpochPlan, model: nn.Module, world: dist.World, state: State
+    cfg: Any, index: DatasetIndex, plan: EpochPlan, model: nn.Module, world: dist.World, state: State, resumed: bool
 ) -> list[str]:
     """What will run, on what, as lines for the console."""
     d, w = cfg.DATA, world.world_size
@@ -200,8 +232,10 @@ def summary(
         f"on {world.device.type}, images by {d.PIPELINE} ({d.DECODE_DEVICE})",
         f"run       {plan.num_steps} steps an epoch, {last_step(cfg, plan)} steps in all; written to {run_folder(cfg)}",
     ]
-    if state.step:
+    if resumed:
         lines.append(f"resume    after step {state.step} (epoch {state.step / plan.num_steps:.2f})")
+    if state.step >= last_step(cfg, plan):
+        lines.append("resume    the run is complete: nothing is left to train")
     if not cfg.LOSS.GATHER and w > 1:
         lines.append(
             f"warning   LOSS.GATHER False: pairs on each rank alone, so this run depends on there being {w} ranks"

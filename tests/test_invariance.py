@@ -15,7 +15,7 @@ from reid_dist.losses import CLASSIFICATION, PAIRWISE
 from reid_dist.models import ReIDModel
 from reid_dist.models.batch_norm import batch_norms, group_batch_norms
 from reid_dist.models.heads import CosineClassifier, LinearClassifier
-from reid_dist.models.sharded import classifier_names, classifier_rows, whole_state
+from reid_dist.models.sharded import classifier_names, classifier_rows
 from reid_dist.optim import build_optimizer
 from reid_dist.step import backward, build_objective, train_step
 from tests import ranks
@@ -67,7 +67,7 @@ def train_case(cfg):
     objective = build_objective(cfg, NUM_PIDS, world)
     ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
     # SGD: its step shows the gradient's length, which Adam's would hide.
-    optimizer = build_optimizer(model.parameters(), "sgd", 0.01, 5e-4, world.device)
+    optimizer = build_optimizer(model.parameters(), "sgd", 0.01, 5e-4)
     scaler, norms = torch.amp.GradScaler("cpu", enabled=False), batch_norms(model)
     local = BATCH // world.world_size
     first = {}
@@ -78,7 +78,9 @@ def train_case(cfg):
             for name, p in model.named_parameters():
                 whole = model.sharded and name.startswith("classifier.")
                 first[name] = (dist.all_gather_rows(p.grad) if whole else p.grad).clone()
-    state = whole_state(model, optimizer)[0] if model.sharded else model.state_dict()
+    state = model.state_dict()
+    if model.sharded:
+        state |= {name: dist.all_gather_rows(state[name]) for name in classifier_names(model)}
     return first, {k: v.clone() for k, v in state.items() if v.is_floating_point()}
 
 

@@ -84,7 +84,7 @@ def test_resume_with_other_mathematics_is_an_error(pedestrians, tmp_path, capfd)
 def test_what_a_run_leaves_behind(pedestrians, tmp_path):
     events, evals = run(2, pedestrians, tmp_path, f"{PLAIN} TRAIN.MAX_EPOCH 2 TEST.EVAL_STEP 1")
     folder = tmp_path / "market1501/t"
-    train_keys = "event epoch step loss loss_cla loss_pair acc lr images_per_s data_wait".split()
+    train_keys = "event epoch step loss loss_cla loss_pair acc lr images_per_s data_wait skipped".split()
     assert list(events[0]) == train_keys and {e["epoch"] for e in events} == {1, 2}
     assert events[0]["loss"] == pytest.approx(events[0]["loss_cla"] + events[0]["loss_pair"])
     eval_keys = "mAP mINP rank1 rank5 rank10 num_query num_gallery num_no_match seconds epoch event step".split()

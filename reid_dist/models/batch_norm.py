@@ -147,19 +147,22 @@ def batch_norms(model: nn.Module) -> list[GroupBatchNorm]:
 
 
 @torch.no_grad()
-def update_running_stats(norms: list[GroupBatchNorm]) -> None:  # all ranks
+def update_running_stats(norms: list[GroupBatchNorm], bad: torch.Tensor) -> None:  # all ranks
     """Moves the buffers by the statistics noted since the last call, averaged over all groups of all ranks.
 
-    One all-reduce for all layers (0.2 MB for ResNet-50) and a few launches, whatever their number.
+    bad: scalar on the device; where it is 1.0 the buffers stay as they are. One all-reduce for all layers (0.2 MB for
+    ResNet-50) and a few launches, whatever their number.
     """
+    if not norms:
+        return
     stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # (2, C) each; all groups are equally large
     dist.average_(stats)
     buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
-    momenta = [m.momentum for m in norms for _ in range(2)]
-    torch._foreach_mul_(buffers, [1 - momentum for momentum in momenta])
-    moves = torch._foreach_mul([row for s in stats for row in s], momenta)
-    torch._foreach_add_(buffers, list(moves))
-    torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
+    # lerp towards a buffer's own value leaves every bit; a factor of 0 would make 0 x NaN.
+    goals = torch.where(bad > 0, torch.cat(buffers), torch.cat([row for s in stats for row in s]))
+    goals = goals.split([len(b) for b in buffers])
+    torch._foreach_lerp_(buffers, goals, [m.momentum for m in norms for _ in range(2)])
+    torch._foreach_add_([m.num_batches_tracked for m in norms], (bad == 0).long())
     forget_stats(norms)
 
 

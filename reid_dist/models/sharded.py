@@ -41,15 +41,16 @@ def count_right(x: torch.Tensor, pids: torch.Tensor, first: int) -> torch.Tensor
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """(model, optimizer) state dicts with whole classifier tensors, as if nothing were sharded.  # all ranks
 
-    The whole tensors end on the CPU, one after another; each is gathered on this rank's device first.
+    The whole tensors are on rank 0, in CPU memory; the others have None in their places.
     """
     weights, slots = model.state_dict(), optimizer.state_dict()
     for name in classifier_names(model):
-        weights[name] = gather_whole(weights[name])
+        weights[name] = dist.gather_to_main(weights[name])
     state = dict(slots["state"])
     for place, shape in classifier_places(model):
         state[place] = {
-            key: gather_whole(value) if value.shape == shape else value for key, value in state.get(place, {}).items()
+            key: dist.gather_to_main(value) if value.shape == shape else value
+            for key, value in state.get(place, {}).items()
         }
     return weights, slots | {"state": state}
 
@@ -76,7 +77,3 @@ def classifier_places(model: nn.Module) -> list[tuple[int, torch.Size]]:
     """(place in the optimizer, shape) of each classifier parameter; the optimizer holds model.parameters() in order."""
     names = enumerate(model.named_parameters())
     return [(place, p.shape) for place, (name, p) in names if name.startswith("classifier.")]
-
-
-def gather_whole(rows: torch.Tensor) -> torch.Tensor:  # all ranks
-    return dist.all_gather_rows(rows).cpu()
