@@ -10,6 +10,7 @@ import torch
 
 from . import dist
 from .config import check_config, flatten, load_config, resolve
+from .data.augment import Augment
 from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
 from .data.plan import EpochPlan
@@ -78,8 +79,8 @@ def build_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:
         seed=cfg.SEED,
         height=cfg.DATA.HEIGHT,
         width=cfg.DATA.WIDTH,
-        rc_prob=cfg.AUG.RC_PROB,
-        re_prob=cfg.AUG.RE_PROB,
+        augment=Augment(**{key.lower(): value for key, value in cfg.AUG.items()}),
+        camids=index.train.camids,
     )
 
 

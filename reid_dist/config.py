@@ -32,13 +32,30 @@ _C.DATA.WIDTH = 128  # pixels
 _C.DATA.TRAIN_BATCH = 64  # images of the global batch, over all ranks
 _C.DATA.TEST_BATCH = 512  # images per rank at test
 _C.DATA.NUM_INSTANCES = 4  # K: images of an identity in a batch
-_C.DATA.SAMPLER = "chunk"  # chunk: the original's chunks of K; identity: P distinct identities x K in every batch
+# chunk: the original's chunks of K; identity: P distinct identities x K in every batch; identity_camera: likewise, an
+# anchor's other instances from other cameras first
+_C.DATA.SAMPLER = "chunk"
 _C.DATA.PIPELINE = "auto"  # dali | torch (PIL in worker processes) | auto: dali where it can be imported
 _C.DATA.DECODE_DEVICE = "auto"  # where DALI decodes: cpu | gpu | auto: the device that trains
 
 _C.AUG = CfgNode()
 _C.AUG.RC_PROB = 0.5  # probability of the random crop from 1.125 times the size
 _C.AUG.RE_PROB = 0.5  # probability of random erasing
+# What is erased becomes: constant: the original's colour (.4914, .4822, .4465) after normalising; mean: ImageNet's mean
+# colour, 0 after normalising; noise: standard normal noise after normalising
+_C.AUG.RE_FILL = "constant"
+_C.AUG.PAD = (
+    0  # pixels of black border, of which a random part of the image's size is cut (10 in Bag of Tricks); 0: off
+)
+_C.AUG.AA_PROB = 0.0  # probability of AutoAugment's ImageNet policy (0.1 in fast-reid)
+_C.AUG.CJ_PROB = 0.0  # probability of colour jitter; the amounts below are fast-reid's:
+_C.AUG.CJ_BRIGHTNESS = 0.15  # factors within 1 +- this
+_C.AUG.CJ_CONTRAST = 0.15
+_C.AUG.CJ_SATURATION = 0.1
+_C.AUG.CJ_HUE = 0.1  # turns of the colour circle, at most 0.5
+_C.AUG.BLUR_PROB = 0.0  # probability of Gaussian blur
+_C.AUG.BLUR_SIGMA = 2.0  # its largest deviation in pixels, at most 10; the smallest is 0.1
+_C.AUG.GREY_PROB = 0.0  # probability of a grey patch: the colour is taken from a rectangle as random erasing draws it
 
 _C.MODEL = CfgNode()
 _C.MODEL.NAME = "resnet50"  # a name of reid_dist.models.MODELS, or timm/<name>
@@ -113,7 +130,7 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "DATA.SAMPLER": ("chunk", "identity"),
+    "DATA.SAMPLER": ("chunk", "identity", "identity_camera"),
     "DATA.PIPELINE": ("auto", "dali", "torch"),
     "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
     "MODEL.RES4_STRIDE": (1, 2),
@@ -269,6 +286,7 @@ def divisors(n: int) -> list[int]:
 
 def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     """Raises one ValueError with a line for every impossible value or combination: key, value, what was expected."""
+    from .data.augment import Augment
     from .data.index import DATASETS
     from .losses import CLASSIFICATION, PAIRWISE
     from .models import MODELS
@@ -283,9 +301,8 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
         f"{k} {flat[k]!r}: expected one of {', '.join(map(str, c))}" for k, c in choices.items() if flat[k] not in c
     ]
     errors += [f"{k} {flat[k]!r}: expected at least {least}" for k, least in AT_LEAST.items() if not flat[k] >= least]
-    for key in ("AUG.RC_PROB", "AUG.RE_PROB"):
-        if not 0 <= flat[key] <= 1:
-            errors.append(f"{key} {flat[key]}: expected a probability between 0 and 1")
+    augment = Augment(**{key.lower(): value for key, value in cfg.AUG.items()})
+    errors += [f"AUG.{name.upper()} {value!r}: expected {expected}" for name, value, expected in augment.errors()]
     if cfg.MODEL.NAME not in MODELS and not cfg.MODEL.NAME.startswith("timm/"):
         errors.append(f"MODEL.NAME {cfg.MODEL.NAME!r}: expected one of {', '.join(MODELS)}, or timm/<name>")
     steps = cfg.TRAIN.LR_SCHEDULER.STEPSIZE

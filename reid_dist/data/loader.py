@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from reid_dist.data.pipeline import PathOf, Request, finish, open_images
+from reid_dist.data.finish import finish
+from reid_dist.data.photometric import to_device
+from reid_dist.data.pipeline import PathOf, Request, open_images
 from reid_dist.data.plan import EpochPlan, StepPlan
 
 
@@ -82,8 +84,8 @@ class TrainLoader:
         images = next(self._images)
         data_wait = time.perf_counter() - start
         epoch, step, plan = self._sent.popleft()
-        images = finish(_to_device(images, self._device), _from_numpy(plan.erase, self._device), self._dtype)
-        global_pids = _from_numpy(self._plan.global_pids(epoch, step), self._device)
+        images = finish(to_device(images, self._device), plan.augmentation, self._dtype, self._plan.augment.re_fill)
+        global_pids = to_device(torch.from_numpy(self._plan.global_pids(epoch, step)), self._device)
         return Batch(epoch, step, images, global_pids, torch.from_numpy(plan.indices.copy()), data_wait)
 
     def close(self) -> None:
@@ -100,7 +102,7 @@ class TrainLoader:
         while True:
             plan = self._plan.step(epoch, step, self._rank, self._world_size)
             self._sent.append((epoch, step, plan))
-            yield Request(plan.indices, plan.resize_hw, plan.crop_yx, plan.flip)
+            yield Request(plan.indices, plan.augmentation.resize_hw, plan.augmentation.crop_yx)
             step += 1
             if step == self._plan.num_steps:
                 epoch, step = epoch + 1, 0
@@ -142,20 +144,9 @@ def test_batches(
     )
     with images_of:
         for share, images in zip(shares, images_of, strict=True):
-            yield finish(_to_device(images, device), None, dtype), torch.from_numpy(share)
+            yield finish(to_device(images, device), None, dtype), torch.from_numpy(share)
 
 
 def _plain_request(indices: np.ndarray, height: int, width: int) -> Request:
     size = np.tile(np.array([height, width], dtype=np.int32), (len(indices), 1))
-    return Request(indices, size, np.zeros_like(size), np.zeros(len(indices), dtype=bool))
-
-
-def _from_numpy(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return _to_device(torch.from_numpy(array), device)
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy to the GPU goes through pinned memory, else the host would wait for all that is queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return Request(indices, size, np.zeros_like(size))
