@@ -10,6 +10,7 @@ import inspect
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as td
 
 from . import watchdog
-from .failure import UserError, end_now, lost_peer, print_error
+from .failure import UserError, end_now, end_with_torchrun, lost_peer, print_error
 from .world import World, read_environment
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ def init(timeout_s: float = 600.0) -> World:  # all ranks
         device = torch.device("cpu")
         backend = "gloo"
     if "RANK" in os.environ:
+        end_with_torchrun()
         td.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
         global _timeout
         _timeout = timedelta(seconds=timeout_s)
@@ -168,10 +170,12 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
         if world.world_size > 1 and lost_peer(error):
             reason = str(error).strip().splitlines()[0]
             print_error(f"{stood}, when it lost another rank, or waited for one too long: {reason}")
+            # torchrun takes the first to end for the cause, in whole seconds.
+            time.sleep(2)
         else:
             traceback.print_exc()
             print_error(stood)
-        tell_torchrun(error)
+            tell_torchrun(error)
         end_now(1)
     shutdown()
     sys.exit(0)

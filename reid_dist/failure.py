@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -22,6 +25,19 @@ def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank was gone or did not come: that rank's error is the cause."""
     words = r"gloo|DistBackendError|DistNetworkError|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out"
     return isinstance(error, RuntimeError) and bool(re.search(words, f"{type(error).__name__}: {error}"))
+
+
+def end_with_torchrun() -> None:
+    """Has the kernel end this process when torchrun is killed (Linux only).
+
+    A worker that goes on without its agent would write into the folder that the restarted run writes into.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Killed before that call: process 1 has taken its place (in a container torchrun can be process 1 itself).
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            end_now(1)
 
 
 def end_now(code: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
@@ -103,7 +104,8 @@ def restore(saved: dict[str, Any], parts: Parts, cfg: Any) -> tuple[State, list[
         raise ValueError(f"--resume: the checkpoint's weights do not fit this network: {reason[:300]}") from None
     saved_name = yaml.safe_load(saved["config"])["TRAIN"]["OPTIMIZER"]["NAME"]
     if saved_name == cfg.TRAIN.OPTIMIZER.NAME:
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        # All but the learning rate, which is set at each step.
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         optimizer.load_state_dict(slots)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)
@@ -159,6 +161,7 @@ def prepare_folder(folder: Path, cfg: Any, world: dist.World, resumed_step: int 
         if not cfg.MODEL.RESUME and (folder / "metrics.jsonl").exists():
             raise ValueError(f"TAG {cfg.TAG!r}: {folder} holds a run; expected --resume auto, or another --tag")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock(folder)
         (folder / preemption.FILE).unlink(missing_ok=True)
         # Left of a line of training that this run turns away from; they would pass for newer ones of its own.
         for file in checkpoint.list_steps(folder / "checkpoints"):
@@ -166,3 +169,27 @@ def prepare_folder(folder: Path, cfg: Any, world: dist.World, resumed_step: int 
                 file.unlink()
         text = f"# python -m reid_dist.train {' '.join(sys.argv[1:])}\n{cfg.dump()}"
         checkpoint.write_atomic(folder / "config.yaml", lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def lock(folder: Path, seconds: float = 30.0) -> None:  # rank 0 only
+    """Keeps the run's folder for this process until it ends, however it ends.
+
+    Waits for a run that is about to end. Raises ValueError when another one goes on writing there.
+    """
+    stream = (folder / "lock").open("w")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"TAG: another process is writing to {folder}; expected one run in a folder") from None
+            time.sleep(0.1)
+        except OSError:
+            break  # a file system without locks
+        else:
+            break
+    _locks.append(stream)
+
+
+_locks: list[Any] = []  # open for as long as this process lives

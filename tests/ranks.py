@@ -34,14 +34,8 @@ def run_ranks(world_size, fn, *args, timeout_s=60.0, **kwargs):
 
     `fn` finds its rank with dist.rank(). World size 1 runs in a child too, without a process group.
     """
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        pids = []
-        for r in range(world_size):
-            pid = os.fork()
-            if pid == 0:
-                _child(r, world_size, port, Path(folder), fn, args, kwargs, timeout_s)
-            pids.append(pid)
+        pids = start_ranks(world_size, Path(folder), fn, args, kwargs, timeout_s)
         deadline = time.monotonic() + timeout_s
         waiting = dict(enumerate(pids))
         while waiting and time.monotonic() < deadline:
@@ -61,6 +55,18 @@ def run_ranks(world_size, fn, *args, timeout_s=60.0, **kwargs):
         raise AssertionError(f"ranks {sorted(waiting)} of {world_size} still ran after {timeout_s} s")
     assert all(state == "ok" for state, _ in outcomes), f"a rank died: {outcomes}"
     return [value for _, value in outcomes]
+
+
+def start_ranks(world_size, folder, fn, args, kwargs, timeout_s):
+    """Process ids of forked ranks that run fn and leave what it returned in `folder`."""
+    port = free_port()
+    pids = []
+    for r in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            _child(r, world_size, port, folder, fn, args, kwargs, timeout_s)
+        pids.append(pid)
+    return pids
 
 
 def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
