@@ -25,7 +25,7 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.W
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args)
     cuda = torch.cuda.is_available()
-    check_config(cfg, world.world_size, cuda)
+    check_config(cfg, getattr(args, "check", None) or world.world_size, cuda)
     resolve(cfg, cuda)
     cfg.freeze()
     if args.gpu is not None and world.is_main:

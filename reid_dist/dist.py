@@ -27,9 +27,10 @@ from .world import World, read_environment
 
 T = TypeVar("T")
 
-# torch 2.14 renamed these two; 2.11 has the old names only.
+# torch 2.14 renamed these three; 2.11 has the old names only.
 _all_gather_into = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 _reduce_scatter_into = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
+_set_group_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
 
 
 def init(timeout_s: float = 600.0) -> World:  # all ranks
@@ -71,7 +72,7 @@ def set_timeout(seconds: float) -> None:  # all ranks
     watchdog.set_limit(seconds / 2)
     if td.is_initialized():
         for group in [None, *_groups]:
-            td.distributed_c10d._set_pg_timeout(_timeout, group)
+            _set_group_timeout(_timeout, group)
 
 
 def new_group(ranks: list[int] | None = None, backend: str | None = None) -> Any:  # all ranks

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -25,18 +26,35 @@ class Notice:
     at = 0.0
 
 
+notice = Notice()
+
+
+def listen() -> None:
+    """From here to the end of the process SIGTERM and SIGUSR1 are noted and do nothing else.
+
+    They may come many times (SLURM sends up to four), and as late as while the last files are written.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: Any) -> None:
+    if not notice.name:
+        notice.name, notice.at = signal.Signals(number).name, time.time()
+
+
 @contextmanager
-def noticing() -> Iterator[Notice]:
-    """While inside, SIGTERM and SIGUSR1 are noted in the Notice and do nothing else; they may come many times."""
-    notice = Notice()
+def withheld() -> Iterator[None]:
+    """multiprocessing's processes that are started in here never get the two signals; this one gets them afterwards.
 
-    def note(number: int, frame: Any) -> None:
-        if not notice.name:
-            notice.name, notice.at = signal.Signals(number).name, time.time()
-
-    before = {s: signal.signal(s, note) for s in SIGNALS}
+    torchrun and SLURM signal every process of a rank. Worker processes that prepare images have to live until the
+    rank itself has done its last step. A handler would not do: a new program starts without.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield notice
+        # Python's own helper process takes SIGTERM off the mask when it is started, so it has to be first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -75,10 +75,11 @@ class Saver:
             self.writer.wait()
             self.writer.check()
 
-    def note_preemption(self, state: State, notice: preemption.Notice) -> None:  # all ranks
+    def note_preemption(self, state: State) -> None:  # all ranks
         """Once the checkpoint is complete: writes the file that tells a launcher to start the run again."""
         self.finish()
         if self.writer is not None:
+            notice = preemption.notice
             facts = {"step": state.step, "signal": notice.name, "seconds": round(time.time() - notice.at, 3)}
             if not notice.name:  # it came to another rank
                 facts = {"step": state.step}
@@ -143,6 +144,16 @@ def find_checkpoint(cfg: Any, index: DatasetIndex) -> tuple[dict[str, Any] | Non
     if errors:
         raise ValueError("\n".join([*errors, "--resume: TRAIN.ALLOW_CHANGES true goes on all the same"]))
     return saved, notes
+
+
+def check_restarts(cfg: Any, env: dict[str, str]) -> None:
+    """Raises ValueError when torchrun may start the ranks again and the command would then not go on by itself."""
+    restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and cfg.MODEL.RESUME != "auto" and not cfg.EVAL_MODE:
+        raise ValueError(
+            f"torchrun --max-restarts={restarts} with --resume {cfg.MODEL.RESUME!r}: expected --resume auto, which "
+            "starts a run and goes on with it after a restart"
+        )
 
 
 def compare_steps(steps: list[int | None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import sys
 from typing import Any
 
@@ -27,7 +28,17 @@ from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import build_optimizer, lr_at, set_lr
 from .report import Reporter, clock, eval_event, start_wandb, table
-from .resume import Parts, Saver, State, compare_steps, find_checkpoint, fresh_state, prepare_folder, restore
+from .resume import (
+    Parts,
+    Saver,
+    State,
+    check_restarts,
+    compare_steps,
+    find_checkpoint,
+    fresh_state,
+    prepare_folder,
+    restore,
+)
 from .step import Losses, Objective, build_objective, global_values, rehearse, train_step
 
 # What a rank may raise in the vote of a step.
@@ -35,7 +46,13 @@ PREEMPTED, NOT_SAVED = 1, 2
 
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
-    _, cfg = read_same_command(command_line(), argv, world)
+    args, cfg = read_same_command(command_line(), argv, world)
+    if args.check is not None:
+        print(run_folder(cfg))
+        return
+    if not cfg.EVAL_MODE:
+        preemption.listen()
+    dist.agreed(check_restarts, cfg, dict(os.environ))
     index = read_index(cfg)
     plan = dist.agreed(build_plan, cfg, index)
     dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
@@ -97,7 +114,7 @@ def fit(
     base, schedule = cfg.TRAIN.OPTIMIZER.LR, cfg.TRAIN.LR_SCHEDULER
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
-    with preemption.noticing() as notice, build_loader(cfg, index, plan, world, state.step) as loader:
+    with build_loader(cfg, index, plan, world, state.step) as loader:
         if state.last_eval < state.step and state.step > 0 and test_due(state.step, cfg, plan):
             # The run was cut off between a checkpoint and the evaluation that belongs to it.
             test(parts, index, cfg, plan, world, reporter, state, saver)
@@ -109,7 +126,7 @@ def fit(
             losses, bad = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
             unread.append((losses, bad))
             state.step, steps, waited = state.step + 1, steps + 1, waited + batch.data_wait
-            flags = vote.cast(PREEMPTED * bool(notice.name) | NOT_SAVED * saver.failed)
+            flags = vote.cast(PREEMPTED * bool(preemption.notice.name) | NOT_SAVED * saver.failed)
             preempted = bool(flags & PREEMPTED) and state.step < last
             log_due = state.step % cfg.TRAIN.LOG_STEP == 0 or state.step == last
             if log_due or preempted or save_due(state.step, cfg, plan) or test_due(state.step, cfg, plan):
@@ -129,7 +146,7 @@ def fit(
                 saver.finish()
             if preempted:
                 vote.close()
-                saver.note_preemption(state, notice)
+                saver.note_preemption(state)
                 return False
             if test_due(state.step, cfg, plan):
                 test(parts, index, cfg, plan, world, reporter, state, saver)
@@ -243,11 +260,23 @@ def summary(
     return lines
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 on")
+    return int(text)
+
+
 def command_line() -> argparse.ArgumentParser:
     p = parser("train")
     p.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, if any, or from FILE")
     p.add_argument(
         "--eval", action="store_true", help="evaluate only, with the weights of --resume or MODEL.PRETRAINED"
+    )
+    p.add_argument(
+        "--check",
+        metavar="RANKS",
+        type=positive,
+        help="only check this command for so many ranks and print the folder that the run writes to",
     )
     return p
 

@@ -19,6 +19,7 @@ import io
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
+from ..preemption import withheld
 from .decode import UNREADABLE, decode, why
 
 PathOf = Callable[[int], str]
@@ -181,7 +183,8 @@ class _TorchImages(Images):
             multiprocessing_context=context,
             pin_memory=pin,
         )
-        self._iterator: Any = iter(loader)
+        with withheld() if num_workers > 0 else nullcontext():
+            self._iterator: Any = iter(loader)
 
     def __next__(self) -> torch.Tensor:
         images = next(self._iterator)
