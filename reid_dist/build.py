@@ -14,6 +14,7 @@ from .data.augment import Augment
 from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
 from .data.plan import EpochPlan
+from .data.readers.files import Options
 from .losses import uses_cosine
 from .models import ReIDModel, build_model
 from .models.batch_norm import group_batch_norms
@@ -35,7 +36,9 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.W
 
 def read_index(cfg: Any) -> DatasetIndex:  # all ranks
     """The data set, the same on every rank: a rank that sees other files or labels is an error of all."""
-    index = dist.agreed(build_index, cfg.DATA.DATASET, cfg.DATA.ROOT)
+    d = cfg.DATA
+    options = Options(d.SPLIT_ID, d.CUHK03_LABELED, d.CUHK03_CLASSIC_SPLIT, d.MSMT17_VAL, d.MANIFEST)
+    index = dist.agreed(build_index, d.DATASET, d.ROOT, cfg.TEST.DATASETS, options)
     fingerprints = dist.gather_objects(index.fingerprint())
     dist.agreed(compare_fingerprints, fingerprints)
     return index

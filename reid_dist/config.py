@@ -21,8 +21,10 @@ from yacs.config import CfgNode
 _C = CfgNode()
 
 _C.DATA = CfgNode()
-_C.DATA.ROOT = ""  # folder that holds the data set (or is it)
-_C.DATA.DATASET = "market1501"  # a name of reid_dist.data.index.DATASETS
+_C.DATA.ROOT = ""  # folder that holds the data set (or is it); several: one for all, or NAME=FOLDER,NAME=FOLDER
+_C.DATA.DATASET = "market1501"  # a name of reid_dist.data.index.DATASETS, or several joined by +: trains on their union
+_C.DATA.MANIFEST = ""  # data set csv: the table below ROOT; '': manifest.csv or manifest.parquet
+_C.DATA.MSMT17_VAL = False  # MSMT17: list_val is trained on too (32,621 images instead of 30,248)
 _C.DATA.SPLIT_ID = 0  # CUHK03: which of the classic splits
 _C.DATA.CUHK03_LABELED = False  # CUHK03: hand-drawn boxes instead of detected ones
 _C.DATA.CUHK03_CLASSIC_SPLIT = False  # CUHK03: the 20 classic splits instead of the new protocol
@@ -102,6 +104,7 @@ _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 
 _C.TEST = CfgNode()
 _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's distance
+_C.TEST.DATASETS = []  # data sets to evaluate on, a row each; the best checkpoint is chosen on the first; []: DATASET
 _C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
 _C.TEST.START_EVAL = 0  # no evaluation up to this epoch
 _C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by
@@ -266,9 +269,7 @@ def coerce(value: Any, default: Any) -> Any:
             return value
         raise ValueError("true or false")
     if isinstance(default, (list, tuple)):
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return list(value)
-        raise ValueError("a list of integers such as [20, 40]")
+        return coerce_list(value, default)
     if isinstance(value, bool):
         raise ValueError("a number")
     if isinstance(default, int):
@@ -278,6 +279,19 @@ def coerce(value: Any, default: Any) -> Any:
     if isinstance(value, (int, float)):
         return float(value)
     raise ValueError("a number")
+
+
+def coerce_list(value: Any, default: Sequence[Any]) -> list[Any]:
+    """A list of integers, or of names where the default is empty; text may leave out the quotes: [a, b]."""
+    if default:
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+            return list(value)
+        raise ValueError("a list of integers such as [20, 40]")
+    if isinstance(value, str):
+        value = [name.strip() for name in value.strip().strip("[]").split(",") if name.strip()]
+    if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return list(value)
+    raise ValueError("a list of names such as [market1501, msmt17]")
 
 
 def divisors(n: int) -> list[int]:
@@ -293,7 +307,6 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
 
     flat = flatten(cfg)
     choices = CHOICES | {
-        "DATA.DATASET": tuple(DATASETS),
         "LOSS.CLA_LOSS": tuple(CLASSIFICATION),
         "LOSS.PAIR_LOSS": tuple(PAIRWISE),
     }
@@ -303,6 +316,10 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     errors += [f"{k} {flat[k]!r}: expected at least {least}" for k, least in AT_LEAST.items() if not flat[k] >= least]
     augment = Augment(**{key.lower(): value for key, value in cfg.AUG.items()})
     errors += [f"AUG.{name.upper()} {value!r}: expected {expected}" for name, value, expected in augment.errors()]
+    for key, names in (("DATA.DATASET", cfg.DATA.DATASET.split("+")), ("TEST.DATASETS", cfg.TEST.DATASETS)):
+        if not set(names) <= set(DATASETS) or len(set(names)) < len(names):
+            joined = ", or several joined by +" if key == "DATA.DATASET" else ""
+            errors.append(f"{key} {flat[key]!r}: expected one of {', '.join(DATASETS)}{joined}, each once")
     if cfg.MODEL.NAME not in MODELS and not cfg.MODEL.NAME.startswith("timm/"):
         errors.append(f"MODEL.NAME {cfg.MODEL.NAME!r}: expected one of {', '.join(MODELS)}, or timm/<name>")
     steps = cfg.TRAIN.LR_SCHEDULER.STEPSIZE

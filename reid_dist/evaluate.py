@@ -16,8 +16,9 @@ from torch import nn
 from . import dist
 from .build import build_network, image_dtype, read_index, read_same_command
 from .config import parser, run_folder
-from .data.index import DatasetIndex
+from .data.index import DatasetIndex, TestSet
 from .data.loader import test_batches
+from .data.split import Split
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
 from .models.weights import fill, read_weights
 from .report import Reporter, draw_ranked_lists, result_numbers, table
@@ -38,29 +39,34 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
 def evaluate_once(
     model: nn.Module, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str]
 ) -> None:  # all ranks
-    """Evaluates, prints the table, writes evaluation.json and the ranked lists into the run's folder."""
+    """Evaluates on every test set, prints the table, writes evaluation.json and the ranked lists of the first."""
     reporter = Reporter(run_folder(cfg), world.is_main)
     dist.agreed(reporter.make_folder)
-    for line in notes:
+    for line in [*notes, *(f"note      {note}" for note in index.notes)]:
         reporter.say(line)
-    result, query, gallery = evaluate(model, index, cfg, world, reporter)
-    reporter.say(table({index.name: vars(result)}))
-    reporter.save_result(result_numbers(result), "evaluation.json")
-    picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
+    results, picture = {}, ""
+    for test in index.tests:
+        result, query, gallery = evaluate(model, test, cfg, world, reporter)
+        results[test.label] = result
+        picture = picture or show_ranked_lists(query, gallery, result, test, cfg, world, reporter)
+    reporter.say(table({label: vars(result) for label, result in results.items()}))
+    numbers = [result_numbers(result) for result in results.values()]
+    by_set = {test.name: row for test, row in zip(index.tests, numbers, strict=True)}
+    reporter.save_result(numbers[0] | {"tests": by_set}, "evaluation.json")
     reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
 
 
 def evaluate(
-    model: nn.Module, index: DatasetIndex, cfg: Any, world: dist.World, reporter: Reporter
+    model: nn.Module, test: TestSet, cfg: Any, world: dist.World, reporter: Reporter
 ) -> tuple[EvalResult, Features, Features]:  # all ranks
-    """(result, this rank's query features, this rank's gallery features) of the test split.
+    """(result, this rank's query features, this rank's gallery features) of a test set.
 
     The result's seconds are those of the ranking; extraction shows its own progress.
     """
-    test, num_query = index.test, len(index.query)
+    num_query, num_gallery = len(test.query), len(test.gallery)
     mine = {
         "query": np.array(shard(num_query, world.rank, world.world_size), np.int64),
-        "gallery": num_query + np.array(shard(len(index.gallery), world.rank, world.world_size), np.int64),
+        "gallery": num_query + np.array(shard(num_gallery, world.rank, world.world_size), np.int64),
     }
     images = np.concatenate(list(mine.values()))
     batches = test_batches(
@@ -79,13 +85,14 @@ def evaluate(
     with reporter.counting("extract", len(images)) as progress:
         feats, rows = extract(model, batches, len(images), cfg.MODEL.FEATURE_DIM, world.device, autocast, progress)
 
-    def part(start: int, stop: int) -> Features:
-        here = (rows >= start) & (rows < stop)
-        taken = rows[here].cpu().numpy()
-        pids, camids = (torch.from_numpy(a[taken]).to(feats.device) for a in (test.pids, test.camids))
+    def part(split: Split, start: int) -> Features:
+        here = (rows >= start) & (rows < start + len(split))
+        taken = (rows[here] - start).cpu().numpy()
+        pids = torch.from_numpy(split.pids[taken]).to(feats.device)
+        camids = None if split.camids is None else torch.from_numpy(split.camids[taken]).to(feats.device)
         return Features(feats[here], pids, camids, rows[here] - start)
 
-    query, gallery = part(0, num_query), part(num_query, len(test))
+    query, gallery = part(test.query, 0), part(test.gallery, num_query)
     return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
 
 
@@ -93,7 +100,7 @@ def show_ranked_lists(
     query: Features,
     gallery: Features,
     result: EvalResult,
-    index: DatasetIndex,
+    test: TestSet,
     cfg: Any,
     world: dist.World,
     reporter: Reporter,
@@ -105,13 +112,13 @@ def show_ranked_lists(
     lists = ranked_lists(query, gallery, chosen.tolist(), SHOWN_ANSWERS, cfg.TEST.DISTANCE)
     file = reporter.folder / "ranked_lists.png"
     if world.is_main and lists:
-        q, g = index.query, index.gallery
+        q, g = test.query, test.gallery
         rows = []
         for found in lists:
             i = found.query_index
             entries = zip(found.gallery_indices, found.distances, found.is_match, strict=True)
             answers = [(g.path(j), float(d), bool(right)) for j, d, right in entries]
-            rows.append((q.path(i), f"pid {q.pids[i]} cam {q.camids[i]}", float(result.ap[i]), answers))
+            rows.append((q.path(i), q.title(i), float(result.ap[i]), answers))
         draw_ranked_lists(file, rows, "queries from the worst to the best: right answers green, wrong ones red")
     return str(file)
 

@@ -46,9 +46,10 @@ class Reporter:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
         if self.wandb_run is not None:
-            kind = event["event"]
+            kind = "/".join(event[key] for key in ("event", "dataset") if key in event)
             try:
-                self.wandb_run.log({f"{kind}/{k}": v for k, v in event.items() if k != "event"}, step=event["step"])
+                values = {f"{kind}/{k}": v for k, v in event.items() if k not in ("event", "dataset")}
+                self.wandb_run.log(values, step=event["step"])
             except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
                 self.say(f"wandb is off from here on: {type(error).__name__}: {error}")
                 self.wandb_run = None
@@ -164,9 +165,18 @@ def result_numbers(result: Any) -> dict[str, Any]:
     return {name: getattr(result, name) for name in (*METRICS, "num_query", "num_gallery", "num_no_match", "seconds")}
 
 
-def eval_event(epoch: int, step: int, result: Any) -> dict[str, Any]:
-    """The eval line of metrics.jsonl from an EvalResult."""
-    return {"event": "eval", "epoch": epoch, "step": step} | result_numbers(result)
+def eval_event(epoch: int, step: int, dataset: str, result: Any) -> dict[str, Any]:
+    """The eval line of metrics.jsonl from an EvalResult on test set `dataset`."""
+    return {"event": "eval", "epoch": epoch, "step": step, "dataset": dataset} | result_numbers(result)
+
+
+def describe_best(best: dict[str, Any], metric: str, chosen_on: str) -> str:
+    """The best evaluation, what it was chosen on, and the other test sets' results of the same weights."""
+    lines = [
+        f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}, by {metric} on {chosen_on}"
+    ]
+    lines += [f"  there on {e['dataset']}: rank-1 {e['rank1']:.1%} (mAP {e['mAP']:.1%})" for e in best["others"]]
+    return "\n".join(lines)
 
 
 RIGHT, WRONG, QUERY = "#1a9641", "#d7191c", "#404040"

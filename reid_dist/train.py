@@ -27,7 +27,7 @@ from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import build_optimizer, lr_at, set_lr
-from .report import Reporter, clock, eval_event, start_wandb, table
+from .report import Reporter, clock, describe_best, eval_event, start_wandb, table
 from .resume import (
     Parts,
     Saver,
@@ -91,7 +91,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if not done:
         reporter.say(f"preempted after step {state.step}; the same command with --resume auto goes on from there")
     elif best := state.best:
-        reporter.say(f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}")
+        reporter.say(describe_best(best, cfg.TEST.BEST_METRIC, index.tests[0].kind))
     reporter.say(f"everything of this run: {run_folder(cfg)}")
     reporter.close()
 
@@ -172,16 +172,20 @@ def test(
     """Evaluates, logs, notes the step and the best result in `state`, and saves."""
     watchdog.at("evaluation")
     reporter.end_progress()
-    result, query, gallery = evaluate(parts.model, index, cfg, world, reporter)
-    event = eval_event(math.ceil(state.step / plan.num_steps), state.step, result)
-    reporter.log(event)
-    reporter.say(table({f"{index.name}, epoch {event['epoch']}": event}))
+    epoch, events, picture = math.ceil(state.step / plan.num_steps), {}, ""
+    for on in index.tests:
+        result, query, gallery = evaluate(parts.model, on, cfg, world, reporter)
+        events[f"{on.label}, epoch {epoch}"] = event = eval_event(epoch, state.step, on.name, result)
+        reporter.log(event)
+        if state.step == last_step(cfg, plan) and not picture:
+            picture = show_ranked_lists(query, gallery, result, on, cfg, world, reporter)
+    reporter.say(table(events))
     state.last_eval = state.step
-    if not state.best or event[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
-        state.best = event
-    if state.step == last_step(cfg, plan):
-        picture = show_ranked_lists(query, gallery, result, index, cfg, world, reporter)
-        reporter.save_result({"final": event, "best": state.best, "steps": state.step})
+    first, *others = events.values()  # the best checkpoint is chosen on the first
+    if not state.best or first[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
+        state.best = first | {"others": others}
+    if picture:
+        reporter.save_result({"final": first | {"others": others}, "best": state.best, "steps": state.step})
         reporter.say(f"ranked lists: {picture}")
     if saves(cfg):
         watchdog.at("save")
@@ -241,8 +245,9 @@ def summary(
     group = cfg.MODEL.BN_GROUP or d.TRAIN_BATCH
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     lines = [
-        f"data      {index.name}: {len(index.train)} training images of {index.num_pids} identities; "
-        f"{len(index.query)} queries, {len(index.gallery)} gallery images",
+        f"data      {index.name}: {len(index.train)} training images of {index.num_pids} identities",
+        *(f"test      {t.label}: {len(t.query)} queries, {len(t.gallery)} gallery images" for t in index.tests),
+        f"best      the checkpoint with the highest {cfg.TEST.BEST_METRIC} on {index.tests[0].kind}",
         f"batch     {d.TRAIN_BATCH} = {d.TRAIN_BATCH // d.NUM_INSTANCES} x {d.NUM_INSTANCES} ({d.SAMPLER} sampler), "
         f"{d.TRAIN_BATCH // w} on each of {w} rank{'s' if w > 1 else ''}; batch norm over {group} images",
         f"network   {cfg.MODEL.NAME}, {millions:.1f} M parameters, {d.HEIGHT}x{d.WIDTH} pixels, {cfg.TRAIN.PRECISION} "
@@ -253,6 +258,7 @@ def summary(
         lines.append(f"resume    after step {state.step} (epoch {state.step / plan.num_steps:.2f})")
     if state.step >= last_step(cfg, plan):
         lines.append("resume    the run is complete: nothing is left to train")
+    lines += [f"note      {note}" for note in index.notes]
     if not cfg.LOSS.GATHER and w > 1:
         lines.append(
             f"warning   LOSS.GATHER False: pairs on each rank alone, so this run depends on there being {w} ranks"

@@ -42,7 +42,8 @@ def start(argv):
 def run(world_size, root, output, text, flags=()):
     """(train events, eval events) of a run on so many ranks."""
     run_ranks(world_size, start, [*flags, *arguments(root, output, text)], timeout_s=100)
-    lines = (Path(output) / "market1501/t/metrics.jsonl").read_text().splitlines()
+    [file] = Path(output).glob("*/t/metrics.jsonl")
+    lines = file.read_text().splitlines()
     events = [json.loads(line) for line in lines]
     return [e for e in events if e["event"] == "train"], [e for e in events if e["event"] == "eval"]
 

@@ -75,6 +75,24 @@ def test_wrong_types_are_errors(key, value):
         load(key, value)
 
 
+@pytest.mark.parametrize("text", ["[market1501,msmt17]", "['market1501', 'msmt17']", "market1501, msmt17"])
+def test_lists_of_names(text, tmp_path):
+    assert load("TEST.DATASETS", text).TEST.DATASETS == ["market1501", "msmt17"]
+    (tmp_path / "a.yaml").write_text("TEST: {DATASETS: [market1501, msmt17]}\n")
+    assert load("--cfg", str(tmp_path / "a.yaml")).TEST.DATASETS == ["market1501", "msmt17"]
+    assert load("TEST.DATASETS", "[]").TEST.DATASETS == []
+    with pytest.raises(ValueError, match="expected a list of names"):
+        load("TEST.DATASETS", "[1, 2]")
+
+
+def test_data_sets_are_known_and_named_once():
+    check_config(load("DATA.DATASET", "market1501+msmt17", "TEST.DATASETS", "[csv]"), 1, cuda=False)
+    [one] = errors_of("DATA.DATASET", "market1501+mars")
+    [two] = errors_of("TEST.DATASETS", "[csv, csv]")
+    assert one.startswith("DATA.DATASET 'market1501+mars': expected one of market1501, ") and "joined by +" in one
+    assert two.startswith("TEST.DATASETS ['csv', 'csv']: expected one of ") and two.endswith("each once")
+
+
 def test_yaml_types_are_widened_too(tmp_path):
     (tmp_path / "a.yaml").write_text("TAG: 123\nGPU: 0\nLOSS: {PAIR_S: 16}\nTRAIN: {OPTIMIZER: {LR: 3e-4}}\n")
     cfg = load("--cfg", str(tmp_path / "a.yaml"))
