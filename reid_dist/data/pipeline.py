@@ -9,8 +9,8 @@ order; `finish.finish` makes the network's input from such a batch on the device
 
 On the CPU all give the same bits: DALI and PIL decode by libjpeg-turbo with fancy upsampling and the accurate inverse
 DCT, to the same pixels. `resize_and_crop` is torch's antialiased bilinear filter on uint8, the one of PIL's BILINEAR:
-1.5 to 3 times as fast as DALI's, and closer to PIL (docs/images.md has the figures). Both ways apply the EXIF orientation
-and drop transparency. The GPU decoder is not libjpeg and has not been compared here.
+1.5 to 3 times as fast as DALI's, and closer to PIL (docs/images.md has the figures). Both ways apply the EXIF
+orientation and drop transparency. The GPU decoder is not libjpeg and has not been compared here.
 """
 
 from __future__ import annotations
