@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 
 from . import dist
 from .config import check_config, flatten, load_config, resolve
-from .data.augment import Augment
+from .data.augment import Augment, sizes
+from .data.cache import build_cache
 from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
+from .data.pipeline import open_images
 from .data.plan import EpochPlan
 from .data.readers.files import Options
 from .losses import uses_cosine
 from .models import ReIDModel, build_model
 from .models.batch_norm import group_batch_norms
 from .models.sharded import classifier_rows
+from .report import Reporter, clock
 
 
 def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.World) -> tuple[argparse.Namespace, Any]:
@@ -87,21 +91,38 @@ def build_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:
     )
 
 
-def build_loader(cfg: Any, index: DatasetIndex, plan: EpochPlan, world: dist.World, steps_done: int) -> TrainLoader:
-    """This rank's batches from the one after `steps_done` on."""
+def build_loader(
+    cfg: Any, index: DatasetIndex, plan: EpochPlan, world: dist.World, steps_done: int, reporter: Reporter
+) -> TrainLoader:  # all ranks
+    """This rank's batches from the one after `steps_done` on, and the cache they come from where one is asked for."""
     epochs_done, step = divmod(steps_done, plan.num_steps)
+    how = {
+        "pipeline": cfg.DATA.PIPELINE,
+        "decode_device": cfg.DATA.DECODE_DEVICE,
+        "num_workers": cfg.DATA.NUM_WORKERS,
+        "device": world.device,
+    }
+    began = clock()
+    cache, said = build_cache(
+        cfg.DATA.CACHE,
+        cfg.DATA.CACHE_GB,
+        index.train.path,
+        len(index.train),
+        sizes(plan.augment, plan.height, plan.width),
+        functools.partial(open_images, path_of=index.train.path, **how),
+    )
+    if cfg.DATA.CACHE != "off":
+        reporter.say(f"cache     {said}; filled in {clock() - began:.1f} s")
     return TrainLoader(
         index.train.path,
         plan,
         rank=world.rank,
         world_size=world.world_size,
-        device=world.device,
         dtype=image_dtype(cfg),
-        pipeline=cfg.DATA.PIPELINE,
-        decode_device=cfg.DATA.DECODE_DEVICE,
-        num_workers=cfg.DATA.NUM_WORKERS,
+        cache=cache,
         epoch=1 + epochs_done,
         step=step,
+        **how,
     )
 
 

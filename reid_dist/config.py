@@ -39,6 +39,9 @@ _C.DATA.NUM_INSTANCES = 4  # K: images of an identity in a batch
 _C.DATA.SAMPLER = "chunk"
 _C.DATA.PIPELINE = "auto"  # dali | torch (PIL in worker processes) | auto: dali where it can be imported
 _C.DATA.DECODE_DEVICE = "auto"  # where DALI decodes: cpu | gpu | auto: the device that trains
+# Training images in memory, once a node: off | encoded (the files) | resized (the pixels). No number depends on it.
+_C.DATA.CACHE = "off"
+_C.DATA.CACHE_GB = 8.0  # memory of a node for the cache; what does not fit gives way to the next smaller kind
 
 _C.AUG = CfgNode()
 _C.AUG.RC_PROB = 0.5  # probability of the random crop from 1.125 times the size
@@ -125,7 +128,8 @@ _C.TAG = "res50-ce-tri"
 
 # Keys that may change when a run is resumed, because they do not enter the arithmetic of a training step.
 FREE_ON_RESUME = {
-    "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
+    "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "DATA.CACHE", "DATA.CACHE_GB",
+    "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
     "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MICRO_BATCH", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH",
     "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
     "DIST.START_TIMEOUT_S", "DIST.TIMEOUT_S", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
@@ -136,6 +140,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.SAMPLER": ("chunk", "identity", "identity_camera"),
     "DATA.PIPELINE": ("auto", "dali", "torch"),
     "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
+    "DATA.CACHE": ("off", "encoded", "resized"),
     "MODEL.RES4_STRIDE": (1, 2),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
@@ -146,7 +151,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST: dict[str, float] = {
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
-    "DATA.NUM_INSTANCES": 1, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
+    "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,
     "TRAIN.KEEP_CHECKPOINTS": 1, "TRAIN.MAX_SKIPPED": 1, "DIST.START_TIMEOUT_S": 1.0, "DIST.TIMEOUT_S": 1.0,
     "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0, "TRAIN.OPTIMIZER.LR": 0.0,

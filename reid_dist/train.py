@@ -114,7 +114,7 @@ def fit(
     base, schedule = cfg.TRAIN.OPTIMIZER.LR, cfg.TRAIN.LR_SCHEDULER
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
-    with build_loader(cfg, index, plan, world, state.step) as loader:
+    with build_loader(cfg, index, plan, world, state.step, reporter) as loader:
         if state.last_eval < state.step and state.step > 0 and test_due(state.step, cfg, plan):
             # The run was cut off between a checkpoint and the evaluation that belongs to it.
             test(parts, index, cfg, plan, world, reporter, state, saver)

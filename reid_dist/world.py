@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -46,3 +49,12 @@ def read_environment(env: dict[str, str]) -> tuple[int, int, int]:
     if not 0 <= rank < world_size:
         raise ValueError(f"environment: RANK={rank} with WORLD_SIZE={world_size}; expected 0 <= RANK < WORLD_SIZE")
     return rank, local_rank, world_size
+
+
+def node_name() -> str:
+    """The same for processes that can share memory by way of /proc: of one machine, and of one container on it."""
+    name = socket.gethostname()
+    with suppress(OSError):  # not on Linux
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        name += f" {boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    return name

@@ -76,12 +76,12 @@ def request(indices, resize_hw=(HEIGHT, WIDTH), crop_yx=(0, 0)):
     )
 
 
-def make_plan(**changes):
+def make_plan(num=24, **changes):
     arguments = {
         "batch": 8, "num_instances": 2, "sampler": "identity", "seed": 3,
         "height": HEIGHT, "width": WIDTH,
     }  # fmt: skip
-    return EpochPlan(np.arange(24) // 4, **(arguments | changes))
+    return EpochPlan(np.arange(num) // 4, **(arguments | changes))
 
 
 def train_loader(path_of, pipeline, plan=None, *, rank=0, world_size=1, num_workers=0, dtype=torch.float32, **start):

@@ -17,8 +17,8 @@ class Cameras:
         """pids, camids: (n,) integers. Raises ValueError unless there are camids of at least two cameras."""
         if camids is None or len(camids) != len(pids) or (camids == camids[0]).all():
             raise ValueError(
-                "sampler identity_camera: expected images of at least two cameras with known camera ids; "
-                "sampler identity needs none"
+                "DATA.SAMPLER identity_camera: expected images of at least two cameras with known camera ids; "
+                "DATA.SAMPLER identity needs none"
             )
         names = np.unique(camids)
         num_groups = (int(pids.max()) + 1) * len(names)

@@ -17,7 +17,7 @@ import torch
 
 from reid_dist.data.finish import finish
 from reid_dist.data.photometric import to_device
-from reid_dist.data.pipeline import PathOf, Request, open_images
+from reid_dist.data.pipeline import Cache, PathOf, Request, open_images
 from reid_dist.data.plan import EpochPlan, StepPlan
 
 
@@ -50,12 +50,13 @@ class TrainLoader:
         pipeline: str,
         decode_device: str,
         num_workers: int,
+        cache: Cache = None,
         epoch: int = 1,
         step: int = 0,
     ) -> None:
         """path_of: index of a training image -> absolute path, picklable; dtype: of the images; pipeline and
         decode_device: as `pipeline.resolve` returns them; num_workers: threads (dali) or processes (torch) for this
-        rank; step: 0 to num_steps, where num_steps is the next epoch's first.
+        rank; cache: as `cache.build_cache` returns it; step: 0 to num_steps, where num_steps is the next epoch's first.
         """
         if not 0 <= step <= plan.num_steps:
             raise ValueError(f"step {step}; expected 0 to {plan.num_steps}")
@@ -74,6 +75,7 @@ class TrainLoader:
             decode_device=decode_device,
             num_workers=num_workers,
             device=device,
+            cache=cache,
         )
 
     def __iter__(self) -> Iterator[Batch]:

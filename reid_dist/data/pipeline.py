@@ -9,8 +9,8 @@ order; `finish.finish` makes the network's input from such a batch on the device
 
 On the CPU all give the same bits: DALI and PIL decode by libjpeg-turbo with fancy upsampling and the accurate inverse
 DCT, to the same pixels. `resize_and_crop` is torch's antialiased bilinear filter on uint8, the one of PIL's BILINEAR:
-1.5 to 3 times as fast as DALI's, and closer to PIL (docs/images.md has the figures). Both ways apply the EXIF
-orientation and drop transparency. The GPU decoder is not libjpeg and has not been compared here.
+faster than DALI's, and closer to PIL (docs/images.md has the figures). Both ways apply the EXIF orientation and drop
+transparency. The GPU decoder is not libjpeg and has not been compared here.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .decode import UNREADABLE, decode, why
 
 PathOf = Callable[[int], str]
 ReadFile = Callable[[int], np.ndarray]
+Cache = Any  # a cache.EncodedCache, a cache.ResizedCache, or None
 
 
 class Request(NamedTuple):
@@ -101,7 +102,7 @@ def open_images(
     decode_device: str,
     num_workers: int,
     device: torch.device,
-    cache: Any = None,
+    cache: Cache = None,
 ) -> Images:
     """Starts a stream; `requests` may be endless, it is asked a few steps ahead, always in the calling thread.
 
