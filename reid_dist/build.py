@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from . import dist
-from .config import check_config, flatten, load_config, resolve
+from .config import check_config, flatten, load_config, resolve, run_folder
 from .data.augment import Augment, sizes
+from .data.bad_images import FILE as BAD_IMAGES
+from .data.bad_images import BadImage, describe, find_bad, positions_of, read_verdict, save_verdict
 from .data.cache import build_cache
 from .data.index import DatasetIndex, build_index
 from .data.loader import TrainLoader
 from .data.pipeline import open_images
 from .data.plan import EpochPlan
 from .data.readers.files import Options
+from .data.subset import drop, hold_out, splits_of
 from .losses import uses_cosine
 from .models import ReIDModel, build_model
 from .models.batch_norm import group_batch_norms
 from .models.sharded import classifier_rows
 from .report import Reporter, clock
+from .share import once_per_node
 
 
 def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.World) -> tuple[argparse.Namespace, Any]:
@@ -38,14 +43,62 @@ def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.W
     return args, cfg
 
 
-def read_index(cfg: Any) -> DatasetIndex:  # all ranks
-    """The data set, the same on every rank: a rank that sees other files or labels is an error of all."""
+def read_index(cfg: Any, world: dist.World, trains: bool) -> DatasetIndex:  # all ranks
+    """The data to train and evaluate on, once in the memory of each node, without what cannot be decoded.
+
+    The same on every rank: a rank that sees other files or labels is an error of all. trains: False to evaluate only.
+    """
     d = cfg.DATA
     options = Options(d.SPLIT_ID, d.CUHK03_LABELED, d.CUHK03_CLASSIC_SPLIT, d.MSMT17_VAL, d.MANIFEST)
-    index = dist.agreed(build_index, d.DATASET, d.ROOT, cfg.TEST.DATASETS, options)
-    fingerprints = dist.gather_objects(index.fingerprint())
-    dist.agreed(compare_fingerprints, fingerprints)
-    return index
+    may_lack = [*["train"] * (not trains), *["test"] * (d.VAL_IDS > 0)]
+    whole = once_per_node(lambda: build_index(d.DATASET, d.ROOT, cfg.TEST.DATASETS, options, may_lack).hashed())
+    dist.agreed(compare_fingerprints, dist.gather_objects(whole.fingerprint()))
+    # Evaluation alone reads every image once in any case, and names one that it cannot decode.
+    bad = find_bad_images(cfg, whole, world, trains) if trains or d.ON_BAD_IMAGE == "skip" else []
+    if not bad and not d.VAL_IDS:
+        return whole
+    return once_per_node(lambda: subset(whole, bad, d.VAL_IDS, cfg.SEED).hashed())
+
+
+def subset(index: DatasetIndex, bad: list[BadImage], num_held_out: int, seed: int) -> DatasetIndex:
+    """The index without its bad images, and with a validation set if one is asked for."""
+    if bad:
+        note = f"{len(bad):,} images that cannot be decoded are left out; all of them in {BAD_IMAGES}, the first:"
+        first = [f"  {image.message}" for image in bad[:3]]
+        index = replace(drop(index, positions_of(bad)), notes=(*index.notes, note, *first))
+    return hold_out(index, num_held_out, seed) if num_held_out else index
+
+
+def find_bad_images(cfg: Any, index: DatasetIndex, world: dist.World, trains: bool) -> list[BadImage]:  # all ranks
+    """The images to leave out: every image is decoded once, shared out over the ranks. DATA.ON_BAD_IMAGE error ends the
+    run with the list if there are any.
+
+    A run that goes on, or is evaluated, keeps to what it found when it began, so that its batches stay the same.
+    """
+    folder, skip = run_folder(cfg), cfg.DATA.ON_BAD_IMAGE == "skip"
+    goes_on = bool(cfg.MODEL.RESUME) or not trains
+    saved = dist.gather_objects(read_verdict(folder, index.fingerprint()) if world.is_main and goes_on else None)[0]
+    if saved is not None and (skip or not saved):
+        return saved
+    splits = splits_of(index)
+    num = sum(map(len, splits))
+    share = range(num * world.rank // world.world_size, num * (world.rank + 1) // world.world_size)
+    with Reporter(folder, world.is_main).counting("check images", len(share)) as progress:
+        mine = find_bad(splits, share, max(1, cfg.DATA.NUM_WORKERS), progress)
+    bad = [image for part in dist.gather_objects(mine) for image in part]
+    if world.is_main and (goes_on or not (folder / "metrics.jsonl").exists()):  # another run's folder is left alone
+        save_verdict(folder, index.fingerprint(), num, bad)
+    if bad and not skip:
+        lines = describe(bad, str(folder / BAD_IMAGES))
+        dist.fail(
+            "\n".join(
+                [
+                    f"DATA.ON_BAD_IMAGE error: {len(bad):,} of {num:,} images cannot be decoded; skip leaves them out",
+                    *lines,
+                ]
+            )
+        )
+    return bad
 
 
 def read_same_command(

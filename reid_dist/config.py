@@ -28,6 +28,8 @@ _C.DATA.MSMT17_VAL = False  # MSMT17: list_val is trained on too (32,621 images 
 _C.DATA.SPLIT_ID = 0  # CUHK03: which of the classic splits
 _C.DATA.CUHK03_LABELED = False  # CUHK03: hand-drawn boxes instead of detected ones
 _C.DATA.CUHK03_CLASSIC_SPLIT = False  # CUHK03: the 20 classic splits instead of the new protocol
+_C.DATA.ON_BAD_IMAGE = "error"  # an image that cannot be decoded: error | skip: train and evaluate without it
+_C.DATA.VAL_IDS = 0  # training identities held out, to choose the best checkpoint on instead of on the test set
 _C.DATA.NUM_WORKERS = 4  # threads (dali) or processes (torch) that prepare images, per rank
 _C.DATA.HEIGHT = 256  # pixels
 _C.DATA.WIDTH = 128  # pixels
@@ -138,6 +140,7 @@ FREE_ON_RESUME = {
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.SAMPLER": ("chunk", "identity", "identity_camera"),
+    "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "DATA.PIPELINE": ("auto", "dali", "torch"),
     "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.CACHE": ("off", "encoded", "resized"),
@@ -150,6 +153,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "WANDB.MODE": ("disabled", "offline", "online"),
 }
 AT_LEAST: dict[str, float] = {
+    "DATA.VAL_IDS": 0,
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
     "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,

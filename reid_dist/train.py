@@ -53,9 +53,9 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if not cfg.EVAL_MODE:
         preemption.listen()
     dist.agreed(check_restarts, cfg, dict(os.environ))
-    index = read_index(cfg)
-    plan = dist.agreed(build_plan, cfg, index)
     dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
+    index = read_index(cfg, world, trains=not cfg.EVAL_MODE)
+    plan = dist.agreed(build_plan, cfg, index)
     saved, notes = dist.agreed(find_checkpoint, cfg, index)
     dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))
     model = dist.agreed(build_network, cfg, index.num_pids, world)

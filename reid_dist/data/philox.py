@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 # One stream a purpose, so that a new purpose never changes the numbers of an old one; new ones at the end.
-IMAGES, REPLACEMENT, CHUNKS, ROWS, COLUMNS, AUGMENT, CAMERAS, PAD, POLICY, JITTER, BLUR, GREY, NOISE = range(13)
+IMAGES, REPLACEMENT, CHUNKS, ROWS, COLUMNS, AUGMENT, CAMERAS, PAD, POLICY, JITTER, BLUR, GREY, NOISE, HELD_OUT = range(
+    14
+)
 
 # Fewer random bits than this would order too many images of an identity by index. Reached at 2^47 images x identities.
 _MIN_RANDOM_BITS = 16
