@@ -13,6 +13,8 @@ def check_batch(cfg: Any, world_size: int) -> list[str]:
         near = sorted({max(k, batch // k * k), (batch // k + 1) * k})
         return [f"DATA.TRAIN_BATCH {batch}: expected a multiple of DATA.NUM_INSTANCES {k}, such as {join(near)}"]
     errors = []
+    if group == 1:
+        errors.append("MODEL.BN_GROUP 1: expected at least 2 images to take statistics over, or 0 for the whole batch")
     if batch % group:
         good = [d for d in divisors(batch) if d > 1]
         errors.append(f"MODEL.BN_GROUP {group}: expected a divisor of DATA.TRAIN_BATCH {batch}: {join(good)}, or 0")

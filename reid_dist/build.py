@@ -25,6 +25,7 @@ from .data.subset import drop, hold_out, splits_of
 from .losses import uses_cosine
 from .models import ReIDModel, build_model
 from .models.batch_norm import group_batch_norms
+from .models.heads import add_centers
 from .models.sharded import classifier_rows
 from .report import Reporter, clock
 from .share import once_per_node
@@ -191,4 +192,6 @@ def build_network(cfg: Any, num_pids: int, world: dist.World) -> ReIDModel:
     cosine = uses_cosine(cfg.LOSS.CLA_LOSS)
     model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, m.CLASSIFIER_SHARDED)
     group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)
+    if cfg.LOSS.CENTER:
+        add_centers(model, num_pids, len(model.bn.weight), cfg.SEED)
     return model.to(device=world.device, dtype=image_dtype(cfg)).to(memory_format=torch.channels_last)

@@ -4,7 +4,7 @@ A file is a dict saved by torch.save, of tensors and plain Python values only, s
 format (2), checksum (SHA-256 of all the rest, see `digest`), step (training steps done), last_eval (the step that was
 last evaluated), best ({} or the best evaluation's numbers), skipped and skipped_in_a_row (steps left out for a
 non-finite gradient), config (YAML), index (the data set's fingerprint), wandb_id, model, optimizer, scaler (state
-dicts). Nothing in it depends on the number of ranks.
+dicts), ema ({} or the averaged weights by name). Nothing in it depends on the number of ranks.
 """
 
 from __future__ import annotations

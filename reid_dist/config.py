@@ -81,9 +81,11 @@ _C.LOSS = CfgNode()
 _C.LOSS.CLA_LOSS = "crossentropy"  # crossentropy | crossentropylabelsmooth | arcface | cosface | circle
 _C.LOSS.CLA_S = 16.0  # scale of arcface, cosface, circle
 _C.LOSS.CLA_M = 0.0  # margin of arcface, cosface, circle
-_C.LOSS.PAIR_LOSS = "triplet"  # triplet | contrastive | cosface | circle
+_C.LOSS.PAIR_LOSS = "triplet"  # triplet | softtriplet | weightedtriplet (no margin) | contrastive | cosface | circle
 _C.LOSS.PAIR_S = 16.0  # scale of contrastive, cosface, circle
 _C.LOSS.PAIR_M = 0.3  # margin of triplet, cosface, circle
+_C.LOSS.CENTER = 0.0  # weight of the center loss, counted with the pair loss; Bag of Tricks has 0.0005; 0: none
+_C.LOSS.CENTER_LR = 0.5  # learning rate of the centers (plain SGD on the unweighted loss)
 _C.LOSS.GATHER = True  # pairs over the global batch; False: each rank alone, outside the promise
 
 _C.TRAIN = CfgNode()
@@ -94,6 +96,8 @@ _C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
 _C.TRAIN.MICRO_BATCH = (
     0  # images a rank takes at a time, whole batch norm groups: less memory, the same numbers; 0: all
 )
+_C.TRAIN.FREEZE_STEPS = 0  # so many steps leave the backbone, its running statistics included, as it is
+_C.TRAIN.EMA = 0.0  # decay of a moving average of the weights, evaluated beside them, such as 0.999; 0: none
 _C.TRAIN.LOG_STEP = 10  # steps between log lines
 _C.TRAIN.CHECKPOINT_EPOCH = 1  # epochs between checkpoints; 0: none at epoch ends
 _C.TRAIN.CHECKPOINT_STEP = 0  # steps between checkpoints; 0: none in mid-epoch; both 0: nothing is saved at all
@@ -105,9 +109,16 @@ _C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw | sgd (momentum 0.9, Nesterov)
 _C.TRAIN.OPTIMIZER.LR = 0.00035
 _C.TRAIN.OPTIMIZER.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included
+_C.TRAIN.OPTIMIZER.BACKBONE_FACTOR = 1.0  # the backbone's learning rate over that of what is new behind it
 _C.TRAIN.LR_SCHEDULER = CfgNode()
-_C.TRAIN.LR_SCHEDULER.STEPSIZE = [20, 40]  # epochs after which the rate is multiplied
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+_C.TRAIN.LR_SCHEDULER.NAME = "step"  # step | cosine
+_C.TRAIN.LR_SCHEDULER.STEPSIZE = [20, 40]  # step: epochs after which the rate is multiplied
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: by this
+_C.TRAIN.LR_SCHEDULER.FLAT_EPOCHS = 0  # cosine: epochs at the full rate before it falls
+_C.TRAIN.LR_SCHEDULER.END_EPOCH = 0  # cosine: the epoch at whose end END_LR is reached; 0: MAX_EPOCH
+_C.TRAIN.LR_SCHEDULER.END_LR = 0.0
+_C.TRAIN.LR_SCHEDULER.WARMUP_STEPS = 0  # steps over which the rate rises linearly to the schedule's
+_C.TRAIN.LR_SCHEDULER.WARMUP_FACTOR = 0.1  # from this part of it
 
 _C.TEST = CfgNode()
 _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's distance
@@ -149,6 +160,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "MODEL.RES4_STRIDE": (1, 2),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
+    "TRAIN.LR_SCHEDULER.NAME": ("step", "cosine"),
     "TRAIN.ON_NAN": ("error", "skip"),
     "TEST.BEST_METRIC": ("rank1", "mAP"),
     "TEST.DISTANCE": ("cosine", "euclidean"),
@@ -161,7 +173,10 @@ AT_LEAST: dict[str, float] = {
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,
     "TRAIN.KEEP_CHECKPOINTS": 1, "TRAIN.MAX_SKIPPED": 1, "DIST.START_TIMEOUT_S": 1.0, "DIST.TIMEOUT_S": 1.0,
     "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0, "TRAIN.OPTIMIZER.LR": 0.0,
-    "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "SEED": 0,
+    "TRAIN.OPTIMIZER.WEIGHT_DECAY": 0.0, "TRAIN.LR_SCHEDULER.DECAY_RATE": 0.0, "LOSS.CENTER": 0.0,
+    "LOSS.CENTER_LR": 0.0, "TRAIN.FREEZE_STEPS": 0, "TRAIN.EMA": 0.0, "TRAIN.OPTIMIZER.BACKBONE_FACTOR": 0.0,
+    "TRAIN.LR_SCHEDULER.FLAT_EPOCHS": 0, "TRAIN.LR_SCHEDULER.END_EPOCH": 0, "TRAIN.LR_SCHEDULER.END_LR": 0.0,
+    "TRAIN.LR_SCHEDULER.WARMUP_STEPS": 0, "TRAIN.LR_SCHEDULER.WARMUP_FACTOR": 0.0, "SEED": 0,
 }  # fmt: skip
 
 
@@ -332,6 +347,14 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     steps = cfg.TRAIN.LR_SCHEDULER.STEPSIZE
     if any(b <= a for a, b in zip([0, *steps], steps, strict=False)):
         errors.append(f"TRAIN.LR_SCHEDULER.STEPSIZE {steps}: expected rising epochs, from 1 on")
+    if not cfg.TRAIN.EMA < 1:
+        errors.append(f"TRAIN.EMA {cfg.TRAIN.EMA}: expected less than 1, such as 0.999, or 0 for none")
+    cosine = cfg.TRAIN.LR_SCHEDULER
+    if cosine.NAME == "cosine" and (cosine.END_EPOCH or cfg.TRAIN.MAX_EPOCH) <= cosine.FLAT_EPOCHS:
+        errors.append(
+            f"TRAIN.LR_SCHEDULER.FLAT_EPOCHS {cosine.FLAT_EPOCHS}: expected less than the "
+            f"{cosine.END_EPOCH or cfg.TRAIN.MAX_EPOCH} epochs until END_LR"
+        )
     if cfg.TRAIN.START_EPOCH >= cfg.TRAIN.MAX_EPOCH:
         errors.append(
             f"TRAIN.START_EPOCH {cfg.TRAIN.START_EPOCH}: expected less than TRAIN.MAX_EPOCH {cfg.TRAIN.MAX_EPOCH}"
@@ -361,6 +384,9 @@ def resolve(cfg: CfgNode, cuda: bool) -> None:
     device = torch.device("cuda" if cuda else "cpu")
     cfg.DATA.PIPELINE, cfg.DATA.DECODE_DEVICE = resolve_pipeline(cfg.DATA.PIPELINE, cfg.DATA.DECODE_DEVICE, device)
     cfg.OUTPUT = cfg.OUTPUT or "./runs"
+    schedule = cfg.TRAIN.LR_SCHEDULER
+    if schedule.NAME == "cosine":
+        schedule.END_EPOCH = schedule.END_EPOCH or cfg.TRAIN.MAX_EPOCH
 
 
 def changed_keys(saved: str, cfg: CfgNode) -> list[str]:

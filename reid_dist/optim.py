@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +16,26 @@ OPTIMIZERS = {
 }
 
 
-def build_optimizer(params: Iterable[nn.Parameter], name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+class Schedule(NamedTuple):
+    """What `lr_at` needs to know: TRAIN.OPTIMIZER.LR and the keys of TRAIN.LR_SCHEDULER, epochs and steps as there."""
+
+    base: float
+    name: str = "step"
+    milestones: Sequence[int] = ()
+    decay: float = 0.1
+    flat_epochs: int = 0
+    end_epoch: int = 0
+    end_lr: float = 0.0
+    warmup_steps: int = 0
+    warmup_factor: float = 0.1
+
+
+def build_optimizer(
+    params: Iterable[nn.Parameter] | list[dict[str, Any]], name: str, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """adam (decay coupled, as the original), adamw, or sgd with momentum 0.9 and Nesterov; decay on every parameter.
+
+    params: parameters, or groups as `parameter_groups` makes them.
 
     The fused kernels serve on CUDA and CPU: one launch for all tensors, and `step_unless` needs their found-inf flag.
     """
@@ -42,12 +62,35 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer, scaler: tor
     optimizer.step()
 
 
-def lr_at(step: int, steps_per_epoch: int, base: float, milestones: Sequence[int], decay: float) -> float:
-    """Learning rate of global step `step` (from 0): base x decay for every milestone (in epochs) that has passed."""
-    epochs_done = step // steps_per_epoch
-    return base * decay ** sum(m <= epochs_done for m in milestones)
+def parameter_groups(model: nn.Module, backbone_factor: float) -> list[dict[str, Any]]:
+    """The parameters in model order, the backbone's and the others', with the factor of each group's learning rate."""
+    backbone: list[nn.Parameter] = []
+    new: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        (backbone if name.startswith("backbone.") else new).append(p)
+    return [{"params": backbone, "lr_factor": backbone_factor}, {"params": new, "lr_factor": 1.0}]
+
+
+def lr_at(step: int, steps_per_epoch: int, schedule: Schedule) -> float:
+    """Learning rate of global step `step` (from 0).
+
+    step: base x decay for every milestone (in epochs) that has passed. cosine: base for flat_epochs, then half a cosine
+    down to end_lr at the end of end_epoch (Loshchilov and Hutter, SGDR, ICLR 2017, without restarts). Either is
+    multiplied by a factor that rises linearly from warmup_factor to 1 over the first warmup_steps.
+    """
+    s = schedule
+    if s.name == "cosine":
+        flat, end = s.flat_epochs * steps_per_epoch, s.end_epoch * steps_per_epoch
+        progress = min(max((step - flat) / (end - flat), 0.0), 1.0)
+        lr = s.end_lr + (s.base - s.end_lr) * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        lr = s.base * s.decay ** sum(m <= step // steps_per_epoch for m in s.milestones)
+    if step < s.warmup_steps:
+        lr *= s.warmup_factor + (1 - s.warmup_factor) * step / s.warmup_steps
+    return lr
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """lr times each group's lr_factor, 1 where it has none."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)

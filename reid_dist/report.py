@@ -175,7 +175,9 @@ def describe_best(best: dict[str, Any], metric: str, chosen_on: str) -> str:
     lines = [
         f"best rank-1 {best['rank1']:.1%} (mAP {best['mAP']:.1%}) at epoch {best['epoch']}, by {metric} on {chosen_on}"
     ]
-    lines += [f"  there on {e['dataset']}: rank-1 {e['rank1']:.1%} (mAP {e['mAP']:.1%})" for e in best["others"]]
+    for e in best["others"]:
+        which = ", averaged weights" if e.get("weights") == "ema" else ""
+        lines.append(f"  there on {e['dataset']}{which}: rank-1 {e['rank1']:.1%} (mAP {e['mAP']:.1%})")
     return "\n".join(lines)
 
 

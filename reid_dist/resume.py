@@ -40,6 +40,7 @@ class Parts(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     rows: range
+    ema: dict[str, torch.Tensor]  # the moving average of the weights; empty where there is none
 
 
 class Saver:
@@ -53,12 +54,13 @@ class Saver:
 
     def save(self, parts: Parts, state: State) -> None:  # all ranks
         """The whole state as it is now; and best.pt when the last evaluation was the best so far."""
-        model, optimizer, scaler, _ = parts
+        model, optimizer, scaler, _, ema = parts
         weights, slots = model.state_dict(), optimizer.state_dict()
         if model.sharded:
             weights, slots = whole_state(model, optimizer)
         if self.writer is not None:
-            whole = {"model": weights, "optimizer": slots, "scaler": scaler.state_dict()} | vars(state) | self.facts
+            whole = {"model": weights, "optimizer": slots, "scaler": scaler.state_dict(), "ema": ema}
+            whole |= vars(state) | self.facts
             self.writer.start(whole, best=bool(state.best) and state.best["step"] == state.step)
 
     @property
@@ -93,7 +95,7 @@ def restore(saved: dict[str, Any], parts: Parts, cfg: Any) -> tuple[State, list[
     The optimizer's settings are the config's. With TRAIN.ALLOW_CHANGES another optimizer starts anew, which a note
     says. Raises ValueError when the weights are of another network.
     """
-    model, optimizer, scaler, rows = parts
+    model, optimizer, scaler, rows, ema = parts
     weights, slots = saved["model"], saved["optimizer"]
     notes = []
     try:
@@ -112,6 +114,9 @@ def restore(saved: dict[str, Any], parts: Parts, cfg: Any) -> tuple[State, list[
             group.update(own)
     else:
         notes.append(f"resume    TRAIN.OPTIMIZER.NAME is {cfg.TRAIN.OPTIMIZER.NAME}, was {saved_name}: it starts anew")
+    for name in ema:
+        # A run that begins to average now begins with the weights as they are.
+        ema[name].copy_(saved["ema"].get(name, model.get_parameter(name).detach()))
     if scaler.is_enabled() and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     return State(**{name: saved[name] for name in State.__dataclass_fields__}), notes

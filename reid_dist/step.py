@@ -12,6 +12,7 @@ from torch import nn
 
 from . import dist, watchdog
 from .losses import build_classification, build_pairwise, build_sharded_classification
+from .losses.center import center, center_gradient
 from .models.batch_norm import GroupBatchNorm, forget_stats, not_noting, update_running_stats
 from .models.sharded import classifier_rows, complete, count_right
 from .optim import step_unless
@@ -36,6 +37,8 @@ class Objective:
     classify_shard: Callable[..., torch.Tensor] | None  # x (N, C_r), pids (N,), first, num_pids -> scalar, global
     compare: Callable[..., torch.Tensor]  # feats, pids, ref_feats, ref_pids, offset -> scalar
     gather: bool
+    center_weight: float  # of the center loss; 0: the model has no centers
+    center_lr: float
     first_row: int  # of a sharded classifier
     num_pids: int
     offset: int
@@ -52,6 +55,8 @@ def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
         classify_shard=build_sharded_classification(*margins, complete) if sharded else None,
         compare=build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, cfg.TEST.DISTANCE),
         gather=loss.GATHER,
+        center_weight=loss.CENTER,
+        center_lr=loss.CENTER_LR,
         first_row=classifier_rows(num_pids, sharded, world.rank, world.world_size).start,
         num_pids=num_pids,
         offset=world.rank * cfg.DATA.TRAIN_BATCH // world.world_size,
@@ -74,13 +79,25 @@ def train_step(
     Returns the losses, and a scalar that is 1.0 where the step was left out for a non-finite gradient (or loss, with
     fp16), 0.0 else; both stay on the device. Nothing in it waits for the device.
     """
-    optimizer.zero_grad(set_to_none=True)
+    for p in ddp.parameters():
+        p.grad = None
     losses = backward(ddp, objective, scaler, norms, images, global_pids)
     watchdog.at("update")
     bad = non_finite(ddp, losses, scaler)
     step_unless(bad, optimizer, scaler)
+    if objective.center_weight:
+        step_centers(dist.unwrap(ddp).centers, objective, bad)
     update_running_stats(norms, bad)
     return Losses(*(value.detach() for value in losses)), bad
+
+
+@torch.no_grad()
+def step_centers(centers: torch.Tensor, objective: Objective, bad: torch.Tensor) -> None:
+    """A gradient step of the center loss, or none where bad is 1.0. The gradient is the mean of the ranks'."""
+    assert centers.grad is not None
+    grad = dist.all_sum(centers.grad) / dist.world_size()
+    centers.sub_(torch.where(bad > 0, 0.0, grad), alpha=objective.center_lr)
+    centers.grad = None
 
 
 def non_finite(ddp: nn.Module, losses: Losses, scaler: torch.amp.GradScaler) -> torch.Tensor:  # all ranks
@@ -177,11 +194,16 @@ def gathered_losses(
     """(pair, classification, correct) from the features of all ranks; the last two None unless the classifier is
     sharded. The one gather of the step."""
     pids = global_pids[objective.offset : objective.offset + len(feats)]
+    centers: torch.Tensor | float = 0.0
+    if objective.center_weight:
+        table = dist.unwrap(model).centers
+        centers = objective.center_weight * center(feats, pids, table)
+        table.grad = center_gradient(feats, pids, table)
     if not objective.gather:
-        return objective.compare(feats, pids, feats, pids, 0), None, None
+        return objective.compare(feats, pids, feats, pids, 0) + centers, None, None
     watchdog.at("gather")
     everyone = dist.gather_rows(feats)
-    pair = objective.compare(feats, pids, everyone, global_pids, objective.offset)
+    pair = objective.compare(feats, pids, everyone, global_pids, objective.offset) + centers
     if objective.classify_shard is None:
         return pair, None, None
     # Every rank computes the whole global loss here, so what lies behind the features must not be averaged again.

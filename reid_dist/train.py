@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dist, preemption, watchdog
+from . import dist, ema, preemption, watchdog
 from .build import build_loader, build_network, build_plan, read_index, read_same_command
 from .config import flatten, parser, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
 from .evaluate import evaluate, evaluate_once, show_ranked_lists
 from .finite import finite_or_none, settle
+from .models import ReIDModel
 from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
-from .optim import build_optimizer, lr_at, set_lr
+from .optim import Schedule, build_optimizer, lr_at, parameter_groups, set_lr
 from .report import Reporter, clock, describe_best, eval_event, start_wandb, table
 from .resume import (
     Parts,
@@ -62,13 +63,12 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     notes += [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
 
     objective = build_objective(cfg, index.num_pids, world)
-    ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
     opt = cfg.TRAIN.OPTIMIZER
-    optimizer = build_optimizer(model.parameters(), opt.NAME, opt.LR, opt.WEIGHT_DECAY)
+    groups = parameter_groups(model, opt.BACKBONE_FACTOR)
+    optimizer = build_optimizer(groups, opt.NAME, opt.LR, opt.WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    parts = Parts(
-        model, optimizer, scaler, classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
-    )
+    rows = classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
+    parts = Parts(model, optimizer, scaler, rows, ema.start_average(model) if cfg.TRAIN.EMA else {})
     if saved:
         state, changes = dist.agreed(restore, saved, parts, cfg)
         notes += changes
@@ -86,8 +86,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
         reporter.say(line)
     saver = Saver(cfg, world, {"config": cfg.dump(), "index": index.fingerprint()})
     with watchdog.watching(world.rank, run_folder(cfg)):
-        rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
-        done = fit(cfg, world, index, plan, ddp, objective, parts, state, reporter, saver)
+        done = fit(cfg, world, index, plan, objective, parts, state, reporter, saver)
     if not done:
         reporter.say(f"preempted after step {state.step}; the same command with --resume auto goes on from there")
     elif best := state.best:
@@ -101,7 +100,6 @@ def fit(
     world: dist.World,
     index: DatasetIndex,
     plan: EpochPlan,
-    ddp: nn.Module,
     objective: Objective,
     parts: Parts,
     state: State,
@@ -109,9 +107,11 @@ def fit(
     saver: Saver,
 ) -> bool:  # all ranks
     """Trains from state.step to the last step; logs, saves and tests where the config says. False when preempted."""
-    model, optimizer, scaler, _ = parts
+    model, optimizer, scaler, _, average = parts
     norms, last, batch_size = batch_norms(model), last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
-    base, schedule = cfg.TRAIN.OPTIMIZER.LR, cfg.TRAIN.LR_SCHEDULER
+    schedule = build_schedule(cfg)
+    frozen = state.step < cfg.TRAIN.FREEZE_STEPS
+    ddp = wrap(model, objective, scaler, frozen, cfg, world)
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
     with build_loader(cfg, index, plan, world, state.step, reporter) as loader:
@@ -121,10 +121,15 @@ def fit(
         began, waited, steps = clock(), 0.0, 0
         watchdog.at("data", state.step + 1)
         for batch in itertools.islice(loader, max(0, last - state.step)):
-            lr = lr_at(state.step, plan.num_steps, base, schedule.STEPSIZE, schedule.DECAY_RATE)
+            if frozen and state.step >= cfg.TRAIN.FREEZE_STEPS:
+                del ddp  # its hooks on the parameters go with it
+                frozen, ddp = False, wrap(model, objective, scaler, False, cfg, world)
+            lr = lr_at(state.step, plan.num_steps, schedule)
             set_lr(optimizer, lr)
             losses, bad = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
             unread.append((losses, bad))
+            if average:
+                ema.move_average(average, model, cfg.TRAIN.EMA)
             state.step, steps, waited = state.step + 1, steps + 1, waited + batch.data_wait
             flags = vote.cast(PREEMPTED * bool(preemption.notice.name) | NOT_SAVED * saver.failed)
             preempted = bool(flags & PREEMPTED) and state.step < last
@@ -179,6 +184,13 @@ def test(
         reporter.log(event)
         if state.step == last_step(cfg, plan) and not picture:
             picture = show_ranked_lists(query, gallery, result, on, cfg, world, reporter)
+    if parts.ema:
+        with ema.using_average(parts.ema, parts.model):
+            for on in index.tests:
+                result, _, _ = evaluate(parts.model, on, cfg, world, reporter)
+                event = eval_event(epoch, state.step, on.name, result) | {"weights": "ema"}
+                events[f"{on.label}, epoch {epoch}, averaged weights"] = event
+                reporter.log(event)
     reporter.say(table(events))
     state.last_eval = state.step
     first, *others = events.values()  # the best checkpoint is chosen on the first
@@ -203,6 +215,37 @@ def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State, re
     reporter = Reporter(folder, world.is_main, plan.num_steps, run)
     reporter.cut(state.step, state.last_eval)
     return reporter
+
+
+def build_schedule(cfg: Any) -> Schedule:
+    s = cfg.TRAIN.LR_SCHEDULER
+    return Schedule(
+        base=cfg.TRAIN.OPTIMIZER.LR,
+        name=s.NAME,
+        milestones=s.STEPSIZE,
+        decay=s.DECAY_RATE,
+        flat_epochs=s.FLAT_EPOCHS,
+        end_epoch=s.END_EPOCH,
+        end_lr=s.END_LR,
+        warmup_steps=s.WARMUP_STEPS,
+        warmup_factor=s.WARMUP_FACTOR,
+    )
+
+
+def wrap(
+    model: ReIDModel, objective: Objective, scaler: torch.amp.GradScaler, frozen: bool, cfg: Any, world: dist.World
+) -> nn.Module:  # all ranks
+    """The model ready to train on all ranks. frozen: its backbone neither learns nor moves its running statistics.
+
+    DDP looks at requires_grad once, so it is made anew when that changes, and rehearses anew.
+    """
+    model.backbone.train(not frozen)
+    for p in model.backbone.parameters():
+        p.requires_grad_(not frozen)
+        p.grad = None  # else a view into the old wrapper's buckets
+    ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
+    rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
+    return ddp
 
 
 def local_shape(cfg: Any, world: dist.World) -> tuple[int, int, int, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reid_dist import checkpoint
-from reid_dist.optim import build_optimizer, lr_at, set_lr
+from reid_dist.optim import Schedule, build_optimizer, lr_at, set_lr
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path):
@@ -153,7 +153,8 @@ def test_learning_rate_is_a_function_of_the_step():
     reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5], 0.1)
     for epoch in range(8):
         for step in range(3):
-            assert lr_at(epoch * 3 + step, 3, 0.1, [2, 5], 0.1) == pytest.approx(reference.get_last_lr()[0])
+            lr = lr_at(epoch * 3 + step, 3, Schedule(0.1, milestones=[2, 5], decay=0.1))
+            assert lr == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
     set_lr(optimizer, 0.7)

@@ -22,7 +22,10 @@ from tests import ranks
 from tests.ranks import run_ranks
 
 BATCH, NUM_PIDS, INSTANCES, STEPS = 32, 11, 4, 5
-LOSSES = [(cla, pair) for cla in CLASSIFICATION for pair in PAIRWISE]
+# The original's nine losses in every pair; what was added beside the triplet loss, with one partner.
+ADDED = ("softtriplet", "weightedtriplet")
+LOSSES = [(cla, pair) for cla in CLASSIFICATION for pair in PAIRWISE if pair not in ADDED]
+LOSSES += [("crossentropy", pair) for pair in ADDED]
 # On 4 ranks of 8 images: ghost groups, groups of a rank, groups of two ranks, the whole batch. (Groups of 2 would make
 # the last batch norm a sign function, whose slope turns rounding into anything.)
 GROUPS = (4, 8, 16, 0)
@@ -30,6 +33,7 @@ WORLD_SIZES = (2, 4)
 MARGINS = {"crossentropy": (1, 0), "crossentropylabelsmooth": (1, 0), "arcface": (16, 0.1), "cosface": (16, 0.1)}
 MARGINS |= {"circle": (96, 0.3)}
 PAIR_MARGINS = {"triplet": (1, 0.3), "contrastive": (16, 0), "cosface": (16, 0.1), "circle": (48, 0.35)}
+PAIR_MARGINS |= dict.fromkeys(ADDED, (1, 0))
 
 
 def make_config(cla, pair, group, micro_batch=0, sharded=False, gather=True, distance="cosine"):
@@ -136,7 +140,7 @@ def test_parameters_do_not_depend_on_the_number_of_ranks(one_rank, world_size, c
 
 @pytest.mark.ranks
 def test_every_combination_was_compared():
-    assert len(LOSSES) == 20 and len(COMPARED) == 20 * len(GROUPS) * len(WORLD_SIZES)
+    assert len(LOSSES) == 22 and len(COMPARED) == 22 * len(GROUPS) * len(WORLD_SIZES)
 
 
 @pytest.mark.ranks

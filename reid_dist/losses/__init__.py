@@ -26,6 +26,7 @@ from .cross_entropy import (
 from .label_smoothing import smoothed_cross_entropy
 from .pairwise_circle import pairwise_circle
 from .pairwise_cosface import pairwise_cosface
+from .soft_triplet import soft_triplet, weighted_triplet
 from .triplet import triplet
 
 
@@ -53,6 +54,8 @@ CLASSIFICATION = {
 
 PAIRWISE = {
     "triplet": Pairwise(triplet, ("margin", "distance")),
+    "softtriplet": Pairwise(soft_triplet, ("distance",)),
+    "weightedtriplet": Pairwise(weighted_triplet, ("distance",)),
     "contrastive": Pairwise(contrastive, ("scale",)),
     "cosface": Pairwise(pairwise_cosface, ("scale", "margin")),
     "circle": Pairwise(pairwise_circle, ("scale", "margin")),

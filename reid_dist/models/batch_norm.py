@@ -153,6 +153,7 @@ def update_running_stats(norms: list[GroupBatchNorm], bad: torch.Tensor) -> None
     bad: scalar on the device; where it is 1.0 the buffers stay as they are. One all-reduce for all layers (0.2 MB for
     ResNet-50) and a few launches, whatever their number.
     """
+    norms = [m for m in norms if m.noted]  # those of a frozen backbone have seen nothing
     if not norms:
         return
     stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # (2, C) each; all groups are equally large

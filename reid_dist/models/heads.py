@@ -29,6 +29,12 @@ def draw_rows(rows: range, feature_dim: int, seed: int, draw: Callable[..., torc
     return torch.cat(blocks) if blocks else torch.empty(0, feature_dim)
 
 
+def add_centers(model: nn.Module, num_pids: int, feature_dim: int, seed: int) -> None:
+    """model.centers (num_pids, D): the center loss's, N(0, 1), the same on every rank."""
+    rows = draw_rows(range(num_pids), feature_dim, seed + 1, lambda t, generator: t.normal_(0, 1, generator=generator))
+    model.register_buffer("centers", rows)
+
+
 class LinearClassifier(nn.Module):
     """(B, D) features -> (B, len(rows)) logits. Weight N(0, 0.001), bias 0, as in Simple-ReID."""
 

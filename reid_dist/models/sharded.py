@@ -19,7 +19,15 @@ from ..losses.cross_entropy import SoftmaxParts
 
 
 def classifier_rows(num_pids: int, sharded: bool, rank: int, world_size: int) -> range:
-    """The identities whose rows this rank keeps: a contiguous share, or all."""
+    """The identities whose rows this rank keeps: a contiguous share, or all.
+
+    Raises ValueError where a rank would have none.
+    """
+    if sharded and num_pids < world_size:
+        raise ValueError(
+            f"MODEL.CLASSIFIER_SHARDED True with {num_pids} identities on {world_size} ranks: expected at least an "
+            "identity a rank"
+        )
     return shard(num_pids, rank, world_size) if sharded else range(num_pids)
 
 
