@@ -32,7 +32,9 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     args, cfg = read_same_command(command_line(), argv, world)
     index = read_index(cfg, world, trains=False)
     model = dist.agreed(build_network, cfg, index.num_pids, world)
-    notes = dist.agreed(lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}"))
+    notes = dist.agreed(
+        lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}", whole=True)
+    )
     evaluate_once(model, index, cfg, world, notes)
 
 
