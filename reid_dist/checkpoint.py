@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import pickle
 import re
 import threading
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import write_atomic
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt")
@@ -122,23 +123,6 @@ def digest(state: Any) -> str:
 
     add({key: entry for key, entry in state.items() if key != "checksum"})
     return sha.hexdigest()
-
-
-def write_atomic(file: Path, write: Any) -> None:
-    """write(path) into a neighbour of `file`, synced to the disk and renamed: readers see the old file or the new."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as stream:
-            os.fsync(stream.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def list_steps(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_atomic
+from ..files import write_atomic
 
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 
