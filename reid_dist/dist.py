@@ -219,11 +219,12 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:  # all ranks
     return _GatherRows.apply(rows)
 
 
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:  # all ranks
-    """(n_r, ...) on rank r -> (sum n_r, ...) in rank order, not differentiable; the n_r may differ, zero included."""
+def all_gather_rows(rows: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:  # all ranks
+    """(n_r, ...) on rank r -> (sum n_r, ...) in rank order, not differentiable; the n_r may differ, zero included.
+    sizes: the n_r, where every rank knows them: a GPU need not be waited for."""
     if world_size() == 1:
         return rows
-    sizes = all_gather_sizes(rows.shape[0])
+    sizes = all_gather_sizes(rows.shape[0]) if sizes is None else sizes
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     out = rows.new_empty((world_size() * max(sizes), *rows.shape[1:]))

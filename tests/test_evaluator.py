@@ -10,8 +10,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from reid_dist import dist, evaluator
+from reid_dist import dist, evaluator, features
 from reid_dist.evaluator import Features, evaluate_features, extract, ranked_lists, shard
+from reid_dist.features import square_norms
+from reid_dist.tiles import Shard
 from tests.ranks import run_ranks
 from tests.test_metrics import Case, dense_distances, make_case, ranked, reference
 
@@ -124,8 +126,7 @@ def test_negative_control_wrong_rules_are_seen():
 
 def test_negative_control_without_the_tie_step(monkeypatch):
     case = make_case(9, 30, 3, 3, 2, "integers", 0)
-    monkeypatch.setattr(evaluator.metrics, "blocks", lambda num_rows, row_bytes: iter([slice(0, 0)]))
-    monkeypatch.setattr(evaluator.metrics, "square_norms", lambda feats, dtype: feats.to(dtype).square().sum(1))
+    monkeypatch.setattr(np, "flatnonzero", lambda mask: np.nonzero(mask)[0][:0] if mask.ndim == 1 else 1 / 0)
     with pytest.raises(AssertionError):
         assert_equal(evaluate_cases([case])[0], reference(case))
 
@@ -137,9 +138,10 @@ def test_equals_an_argsort_of_the_same_computed_distances(metric, dtype):
     case = make_case(60, 900, 64, 20, 3, "normal", 5, metric=metric, dtype=dtype)
     case.g = np.tile(case.g[:300], (3, 1))
     query, gallery = case.features("q", 0, 1), case.features("g", 0, 1)
-    mine = evaluator._Shard(gallery, metric)
+    mine = Shard(gallery, metric, square_norms(gallery.feats))
+    products, order = mine.tile(query.feats, mine.new_buffer(60))
     tile = np.empty((60, 900))
-    tile[np.ix_(query.indices, gallery.indices)] = mine.distances(query.feats, mine.new_tile(60)).numpy()
+    tile[np.ix_(query.indices, gallery.indices)] = order.of(products).numpy()
     assert_equal(evaluate_features(query, gallery, metric, chunk=60), reference(case, tile))
 
 
@@ -155,20 +157,19 @@ def test_world_sizes_agree_on_real_features():
 def test_the_tile_keeps_to_its_budget(monkeypatch):
     case = make_case(50, 200, 8, 10, 3, "normal", 3)
     shapes = []
-    distances = evaluator._Shard.distances
-    monkeypatch.setattr(
-        evaluator._Shard, "distances", lambda self, *args: shapes.append(len(args[0])) or distances(self, *args)
-    )
+    tile = Shard.tile
+    monkeypatch.setattr(Shard, "tile", lambda self, *args: shapes.append(len(args[0])) or tile(self, *args))
     monkeypatch.setattr(evaluator, "TILE_BYTES", 7 * 200 * 8)
+    monkeypatch.setattr(evaluator, "MATCH_BYTES", 0)
     (result,) = evaluate_cases([case])
-    assert shapes == [7] * 7 + [1]
+    assert len(shapes) == 8 and sum(shapes) == 50 and set(shapes) == {6, 7}
     assert_equal(result, reference(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_half_types_are_computed_in_float32(dtype, metric, monkeypatch):
-    monkeypatch.setattr(evaluator.metrics, "BLOCK_BYTES", 16 * 4 * 10)  # ten rows a block
+    monkeypatch.setattr(features, "BLOCK_BYTES", 16 * 4 * 10)  # ten rows a block
     case = make_case(20, 75, 16, 6, 2, "normal", 7, metric=metric, dtype=dtype)
     case.q, case.g = (torch.from_numpy(a).to(dtype).double().numpy() for a in (case.q, case.g))
     assert_equal(evaluate_cases([case])[0], reference(case))
