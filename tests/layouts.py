@@ -18,10 +18,10 @@ def jpeg(seed):
 
 def write_images(folder, names):
     """A JPEG of its own for each name, in an order that is not the sorted one."""
-    for n, name in enumerate(sorted(names, reverse=True)):
+    for name in sorted(names, reverse=True):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(jpeg([*file.parent.name.encode(), n]))
+        file.write_bytes(jpeg(list(f"{folder.name}/{name}".encode())))
 
 
 def market1501(root):

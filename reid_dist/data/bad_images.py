@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoint import write_atomic
+from ..files import write_atomic
 from .decode import UNREADABLE, decode, why
 from .split import Split
 

@@ -43,3 +43,38 @@ def why(path: str, error: BaseException) -> str:
         return f"image {path}: not a JPEG, PNG, BMP or WebP file"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     return f"image {path}: {reason}"
+
+
+# What an image can be beside a plain 8-bit colour picture: it is used all the same, but its owner should know.
+TURNED, GREY, CMYK, DEEP = "turned by EXIF", "in grey", "in CMYK", "of 16 bits a channel"
+TRANSPARENT, MOVING = "with transparency, which is dropped", "with more than one picture, of which the first is taken"
+HUGE, TINY = "of more than 89 million pixels", "less than 8 pixels high or wide"
+ENDINGS = {"JPEG": ("jpg", "jpeg"), "MPO": ("jpg", "jpeg"), "PNG": ("png",), "BMP": ("bmp",), "WEBP": ("webp",)}
+
+
+def examine(data: bytes, name: str) -> tuple[tuple[int, int], list[str]]:
+    """((height, width) as seen upright, what is odd about the image). Raises one of UNREADABLE as `decode` does."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        odd = []
+        is_deep = any("16" in str(tile[3]) for tile in image.tile)  # gone once the image is loaded
+        if name.rsplit(".", 1)[-1].lower() not in ENDINGS[str(image.format)]:
+            odd.append(f"that are {image.format} by content, not by name")
+        if image.getexif().get(0x112, 1) in range(2, 9):
+            odd.append(TURNED)
+        if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+            odd.append(GREY)
+        if image.mode == "CMYK":
+            odd.append(CMYK)
+        if is_deep or image.mode.startswith("I"):
+            odd.append(DEEP)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            odd.append(TRANSPARENT)
+        if getattr(image, "n_frames", 1) > 1:
+            odd.append(MOVING)
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            odd.append(HUGE)
+        if min(image.size) < 8:
+            odd.append(TINY)
+        ImageOps.exif_transpose(image, in_place=True)
+        width, height = as_rgb(image).size
+    return (height, width), odd
