@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
 from ..config import load_config, parser
+from ..files import write_atomic
 from .check import GOOD, UNUSABLE, Examined, Report, check, examine_files
 from .index import find_roots, read_dataset
 from .readers.files import Options
