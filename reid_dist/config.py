@@ -196,8 +196,8 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
-    """The flags that every command shares; unknown ones are errors."""
+def bare_parser(prog: str) -> argparse.ArgumentParser:
+    """A config file and KEY VALUE pairs, as every command takes them; unknown flags are errors."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:  # raised, so that all ranks can agree on it before they exit
@@ -205,19 +205,29 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
     p = Parser(prog=f"python -m reid_dist.{prog}", allow_abbrev=False)
     p.add_argument("--cfg", metavar="FILE", help="YAML file with config keys")
+    p.add_argument("opts", nargs="*", metavar="KEY VALUE", help="any config keys, such as TRAIN.MAX_EPOCH 20")
+    return p
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The flags that the commands which read a data set share."""
+    p = bare_parser(prog)
     p.add_argument("--root", help="folder of the data set (DATA.ROOT)")
     p.add_argument("--dataset", help="name of the data set (DATA.DATASET)")
     p.add_argument("--output", help="where runs are written (OUTPUT)")
     p.add_argument("--tag", help="name of this run (TAG)")
     p.add_argument("--gpu", help="accepted for Simple-ReID's command lines; has no effect")
-    p.add_argument("opts", nargs="*", metavar="KEY VALUE", help="any config keys, such as TRAIN.MAX_EPOCH 20")
     return p
 
 
-def load_config(args: argparse.Namespace) -> CfgNode:
-    """Defaults, then the YAML file, then KEY VALUE pairs, then flags. Raises one ValueError with a line per error."""
+def load_config(args: argparse.Namespace, saved: str = "") -> CfgNode:
+    """Defaults, then the YAML file, then KEY VALUE pairs, then flags. Raises one ValueError with a line per error.
+
+    saved: a checkpoint's config (YAML), of which only what makes the network and its images counts, after the defaults.
+    """
     cfg = defaults()
-    errors: list[str] = []
+    network = {k: v for k, v in flatten(yaml.safe_load(saved) or {}).items() if describes_network(k)}
+    errors = merge(cfg, network.items(), " in the checkpoint's config")
     if args.cfg is not None:
         errors += merge(cfg, read_yaml(args.cfg).items(), f" in {args.cfg}")
     if len(args.opts) % 2:
@@ -232,6 +242,12 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if errors:
         raise ValueError("\n".join(errors))
     return cfg
+
+
+def describes_network(key: str) -> bool:
+    """Whether a network that is used, and not trained, depends on the key."""
+    training = ("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.BN_GROUP", "MODEL.CLASSIFIER_SHARDED")
+    return (key.startswith("MODEL.") and key not in training) or key in ("DATA.HEIGHT", "DATA.WIDTH")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

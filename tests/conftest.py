@@ -27,3 +27,13 @@ hypothesis.settings.load_profile("suite")
 def pedestrians(tmp_path_factory):
     """A data set of 8 training and 8 test identities: 48 images to train on, 16 queries, 32 gallery images."""
     return draw_dataset(tmp_path_factory.mktemp("data") / "set", ids=8, cams=2, images=3, seed=0)
+
+
+@pytest.fixture(scope="session")
+def trained(pedestrians, tmp_path_factory):
+    """The checkpoint of a short run of the `tiny` network at 32x16, with averaged weights."""
+    from tests.runs import SMALL, TINY, run
+
+    folder = tmp_path_factory.mktemp("trained")
+    run(1, pedestrians, folder, f"{SMALL} {TINY} TRAIN.PRECISION fp32 TRAIN.MAX_STEPS 3 TRAIN.EMA 0.5")
+    return folder / "market1501/t/checkpoints/best.pt"
