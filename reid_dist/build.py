@@ -190,7 +190,8 @@ def build_network(cfg: Any, num_pids: int, world: dist.World) -> ReIDModel:
     m = cfg.MODEL
     rows = classifier_rows(num_pids, m.CLASSIFIER_SHARDED, world.rank, world.world_size)
     cosine = uses_cosine(cfg.LOSS.CLA_LOSS)
-    model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, m.CLASSIFIER_SHARDED)
+    options = {"variant": m.IANET.VARIANT}
+    model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, m.CLASSIFIER_SHARDED, **options)
     group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)
     if cfg.LOSS.CENTER:
         add_centers(model, num_pids, len(model.bn.weight), cfg.SEED)

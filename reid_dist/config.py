@@ -69,6 +69,8 @@ _C.AUG.GREY_PROB = 0.0  # probability of a grey patch: the colour is taken from 
 _C.MODEL = CfgNode()
 _C.MODEL.NAME = "resnet50"  # a name of reid_dist.models.MODELS, or timm/<name>
 _C.MODEL.RES4_STRIDE = 1  # stride of ResNet's last stage: 1 or 2
+_C.MODEL.IANET = CfgNode()
+_C.MODEL.IANET.VARIANT = "released"  # ianet's attention: released (the authors' code) | normalised (docs/networks.md)
 _C.MODEL.FEATURE_DIM = 2048  # width of the feature; must equal the network's
 _C.MODEL.RESUME = ""  # like --resume: auto, or a checkpoint
 _C.MODEL.PRETRAINED = "imagenet"  # '' (random), imagenet, or a file of backbone weights
@@ -158,6 +160,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
     "DATA.CACHE": ("off", "encoded", "resized"),
     "MODEL.RES4_STRIDE": (1, 2),
+    "MODEL.IANET.VARIANT": ("released", "normalised"),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
     "TRAIN.LR_SCHEDULER.NAME": ("step", "cosine"),

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .heads import CosineClassifier, LinearClassifier
+from .ianet import build_ianet, build_ianet_ibn
 from .mobilenet import build_mobilenet_v2, fetch_mobilenet_v2
-from .resnet import build_resnet50, fetch_resnet50
+from .resnet import build_resnet50, build_resnet50_ibn, fetch_resnet50, fetch_resnet50_ibn
 from .tiny import build_tiny
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """build(last_stride) makes the network; fetch() returns its ImageNet state dict, None where there is none."""
+    """build(last_stride, **keywords) makes the network; fetch() returns its ImageNet state dict, if there is one."""
 
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     feature_dim: int
     fetch: Callable[[], dict] | None = None
+    keywords: tuple[str, ...] = ()  # what build takes of the options of `build_model`
 
 
 MODELS: dict[str, Backbone] = {
     "resnet50": Backbone(build_resnet50, 2048, fetch_resnet50),
+    "resnet50_ibn": Backbone(build_resnet50_ibn, 2048, fetch_resnet50_ibn),
+    "ianet": Backbone(build_ianet, 2048, fetch_resnet50, ("variant",)),
+    "ianet_ibn": Backbone(build_ianet_ibn, 2048, fetch_resnet50_ibn, ("variant",)),
     "mobilenet_v2": Backbone(build_mobilenet_v2, 1280, fetch_mobilenet_v2),
     "tiny": Backbone(build_tiny, 128),
 }
@@ -64,9 +70,18 @@ def find_backbone(name: str) -> Backbone:
 
 
 def build_model(
-    name: str, feature_dim: int, rows: range, cosine: bool, last_stride: int = 1, seed: int = 0, sharded: bool = False
+    name: str,
+    feature_dim: int,
+    rows: range,
+    cosine: bool,
+    last_stride: int = 1,
+    seed: int = 0,
+    sharded: bool = False,
+    **options: Any,
 ) -> ReIDModel:
     """A fresh network with the weights of `seed`, the same on every rank. rows: the identities of its classifier.
+
+    options: variant (of IANet); a network takes those that its row of MODELS names.
 
     Raises ValueError for an unknown name, for active dropout, and when feature_dim (MODEL.FEATURE_DIM) is not the
     network's width.
@@ -77,7 +92,8 @@ def build_model(
     classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, rows, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ReIDModel(row.build(last_stride), feature_dim, classifier, sharded)
+        chosen = {key: value for key, value in options.items() if key in row.keywords}
+        model = ReIDModel(row.build(last_stride, **chosen), feature_dim, classifier, sharded)
     check_no_dropout(model, name)
     return model
 

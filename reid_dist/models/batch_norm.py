@@ -38,6 +38,7 @@ class GroupNormalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, num_groups: int, num_ranks: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = dense(x)
         out = torch.empty_like(x)
         mean = weight.new_empty((num_groups, weight.shape[0]))
         invstd = torch.empty_like(mean)
@@ -66,7 +67,7 @@ class GroupNormalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, weight, mean, invstd, var = ctx.saved_tensors
-        parts = list(zip(grads[0].chunk(len(mean)), x.chunk(len(mean)), mean, invstd, var, strict=True))
+        parts = list(zip(dense(grads[0]).chunk(len(mean)), x.chunk(len(mean)), mean, invstd, var, strict=True))
         train = ctx.num_ranks == 1
         mask = [True, True, True]
         results = [
@@ -84,6 +85,14 @@ class GroupNormalise(torch.autograd.Function):
             shape = [1, -1, *[1] * (x.dim() - 2)]
             dx = (dx + torch.addcmul(shift.view(shape), x, slope.view(shape))).to(x.dtype)
         return dx, dw, db, None, None, None
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x itself where it fills its memory, else a copy: on a view of some channels the CPU's kernels compute rubbish."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    channels_last = x.dim() == 4 and x.stride(1) == 1
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class GroupBatchNorm(nn.Module):
