@@ -8,6 +8,8 @@ and what is not about the paper's own version.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -103,7 +105,7 @@ def build_ianet_ibn(last_stride: int = 1, variant: str = "released") -> nn.Seque
     return add_blocks(build_resnet50_ibn(last_stride), variant)
 
 
-def add_blocks(net: nn.Sequential, variant: str) -> nn.Sequential:
+def add_blocks(net: Any, variant: str) -> nn.Sequential:
     for layer, channels in ((net.layer2, 512), (net.layer3, 1024)):
         layer.append(IABlock(channels, variant))
     return net

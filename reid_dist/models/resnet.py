@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +21,12 @@ class IBN(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.first = channels // 2
+        self.IN = nn.InstanceNorm2d(self.first, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.IN(x[:, : self.half]), self.BN(x[:, self.half :])], dim=1)
+        return torch.cat([self.IN(x[:, : self.first]), self.BN(x[:, self.first :])], dim=1)
 
 
 def build_resnet50(last_stride: int = 1) -> nn.Sequential:
@@ -43,7 +44,7 @@ def build_resnet50_ibn(last_stride: int = 1) -> nn.Sequential:
 
     As in IBN-Net's resnet_ibn.py: the stem's norm and all of layer4 stay batch norms.
     """
-    net = build_resnet50(last_stride)
+    net: Any = build_resnet50(last_stride)
     for layer in (net.layer1, net.layer2, net.layer3):
         for block in layer:
             block.bn1 = IBN(block.bn1.num_features)
