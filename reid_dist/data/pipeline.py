@@ -20,7 +20,6 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -132,7 +131,8 @@ class FileReader:
     def __call__(self, index: int) -> np.ndarray:
         path = self.path_of(index)
         try:
-            data = np.frombuffer(Path(path).read_bytes(), dtype=np.uint8)
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - half the time of Path.read_bytes
+                data = np.frombuffer(file.read(), dtype=np.uint8)
         except OSError as error:
             raise ValueError(why(path, error)) from None
         if data.size == 0:
