@@ -190,9 +190,11 @@ def build_network(cfg: Any, num_pids: int, world: dist.World) -> ReIDModel:
     m = cfg.MODEL
     rows = classifier_rows(num_pids, m.CLASSIFIER_SHARDED, world.rank, world.world_size)
     cosine = uses_cosine(cfg.LOSS.CLA_LOSS)
+    head = {"bnneck": m.HEAD == "bnneck", "pool": m.POOL, "embed_dim": m.EMBED_DIM, "non_local": m.NON_LOCAL}
     options = {"variant": m.IANET.VARIANT}
-    model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, m.CLASSIFIER_SHARDED, **options)
+    sharded = m.CLASSIFIER_SHARDED
+    model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, sharded, **head, **options)
     group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)
     if cfg.LOSS.CENTER:
-        add_centers(model, num_pids, len(model.bn.weight), cfg.SEED)
+        add_centers(model, num_pids, model.feature_dim, cfg.SEED)
     return model.to(device=world.device, dtype=image_dtype(cfg)).to(memory_format=torch.channels_last)

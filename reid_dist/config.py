@@ -72,6 +72,10 @@ _C.MODEL.RES4_STRIDE = 1  # stride of ResNet's last stage: 1 or 2
 _C.MODEL.IANET = CfgNode()
 _C.MODEL.IANET.VARIANT = "released"  # ianet's attention: released (the authors' code) | normalised (docs/networks.md)
 _C.MODEL.FEATURE_DIM = 2048  # width of the feature; must equal the network's
+_C.MODEL.HEAD = "simple"  # simple: one feature, after the batch norm; bnneck: the pair loss takes the one before it
+_C.MODEL.POOL = "avg"  # avg | gem | max+avg
+_C.MODEL.EMBED_DIM = 0  # width of a linear layer before the batch norm, and of the feature then; 0: none
+_C.MODEL.NON_LOCAL = False  # non-local blocks in a ResNet-50's layer2 and layer3, as AGW
 _C.MODEL.RESUME = ""  # like --resume: auto, or a checkpoint
 _C.MODEL.PRETRAINED = "imagenet"  # '' (random), imagenet, or a file of backbone weights
 _C.MODEL.BN_GROUP = 32  # batch norm statistics over so many consecutive images of the global batch; 0: all of them
@@ -86,6 +90,7 @@ _C.LOSS.CLA_M = 0.0  # margin of arcface, cosface, circle
 _C.LOSS.PAIR_LOSS = "triplet"  # triplet | softtriplet | weightedtriplet (no margin) | contrastive | cosface | circle
 _C.LOSS.PAIR_S = 16.0  # scale of contrastive, cosface, circle
 _C.LOSS.PAIR_M = 0.3  # margin of triplet, cosface, circle
+_C.LOSS.PAIR_DISTANCE = ""  # of the triplet losses: cosine | euclidean; '': TEST.DISTANCE, as the original
 _C.LOSS.CENTER = 0.0  # weight of the center loss, counted with the pair loss; Bag of Tricks has 0.0005; 0: none
 _C.LOSS.CENTER_LR = 0.5  # learning rate of the centers (plain SGD on the unweighted loss)
 _C.LOSS.GATHER = True  # pairs over the global batch; False: each rank alone, outside the promise
@@ -161,18 +166,23 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.CACHE": ("off", "encoded", "resized"),
     "MODEL.RES4_STRIDE": (1, 2),
     "MODEL.IANET.VARIANT": ("released", "normalised"),
+    "MODEL.HEAD": ("simple", "bnneck"),
+    "MODEL.POOL": ("avg", "gem", "max+avg"),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
     "TRAIN.LR_SCHEDULER.NAME": ("step", "cosine"),
     "TRAIN.ON_NAN": ("error", "skip"),
     "TEST.BEST_METRIC": ("rank1", "mAP"),
     "TEST.DISTANCE": ("cosine", "euclidean"),
+    "LOSS.PAIR_DISTANCE": ("", "cosine", "euclidean"),
     "WANDB.MODE": ("disabled", "offline", "online"),
 }
 AT_LEAST: dict[str, float] = {
     "DATA.VAL_IDS": 0,
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
-    "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0, "MODEL.FEATURE_DIM": 1, "MODEL.BN_GROUP": 0, "TRAIN.START_EPOCH": 0,
+    "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0,
+    "MODEL.FEATURE_DIM": 1, "MODEL.EMBED_DIM": 0, "MODEL.BN_GROUP": 0,
+    "TRAIN.START_EPOCH": 0,
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,
     "TRAIN.KEEP_CHECKPOINTS": 1, "TRAIN.MAX_SKIPPED": 1, "DIST.START_TIMEOUT_S": 1.0, "DIST.TIMEOUT_S": 1.0,
     "TRAIN.CHECKPOINT_EPOCH": 0, "TRAIN.CHECKPOINT_STEP": 0, "TRAIN.OPTIMIZER.LR": 0.0,
@@ -384,6 +394,9 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     if cfg.MODEL.CLASSIFIER_SHARDED and cfg.TRAIN.PRECISION == "fp16":
         # An overflow in one rank's rows would make that rank alone skip the step.
         errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64")
+    if cfg.MODEL.CLASSIFIER_SHARDED and cfg.MODEL.HEAD != "simple":
+        # The gather carries the pair loss's features, and the shards need them after the batch norm.
+        errors.append(f"MODEL.CLASSIFIER_SHARDED True with MODEL.HEAD {cfg.MODEL.HEAD!r}: expected simple")
     if cfg.MODEL.CLASSIFIER_SHARDED and not cfg.LOSS.GATHER:
         errors.append("MODEL.CLASSIFIER_SHARDED True with LOSS.GATHER False: expected LOSS.GATHER True")
     if cfg.TRAIN.PRECISION == "fp16" and not cuda:

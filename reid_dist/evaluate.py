@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from . import dist
 from .build import build_network, image_dtype, read_index, read_same_command
@@ -20,6 +19,7 @@ from .data.index import DatasetIndex, TestSet
 from .data.loader import test_batches
 from .data.split import Split
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
+from .models import ReIDModel
 from .models.weights import fill, read_weights
 from .report import Reporter, draw_ranked_lists, result_numbers, table
 from .step import AUTOCAST
@@ -39,7 +39,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
 
 
 def evaluate_once(
-    model: nn.Module, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str]
+    model: ReIDModel, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str]
 ) -> None:  # all ranks
     """Evaluates on every test set, prints the table, writes evaluation.json and the ranked lists of the first."""
     reporter = Reporter(run_folder(cfg), world.is_main)
@@ -59,7 +59,7 @@ def evaluate_once(
 
 
 def evaluate(
-    model: nn.Module, test: TestSet, cfg: Any, world: dist.World, reporter: Reporter
+    model: ReIDModel, test: TestSet, cfg: Any, world: dist.World, reporter: Reporter
 ) -> tuple[EvalResult, Features, Features]:  # all ranks
     """(result, this rank's query features, this rank's gallery features) of a test set.
 
@@ -85,7 +85,7 @@ def evaluate(
     )
     autocast = AUTOCAST.get(cfg.TRAIN.PRECISION)
     with reporter.counting("extract", len(images)) as progress:
-        feats, rows = extract(model, batches, len(images), cfg.MODEL.FEATURE_DIM, world.device, autocast, progress)
+        feats, rows = extract(model, batches, len(images), model.feature_dim, world.device, autocast, progress)
 
     def part(split: Split, start: int) -> Features:
         here = (rows >= start) & (rows < start + len(split))

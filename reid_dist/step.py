@@ -53,7 +53,7 @@ def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
     return Objective(
         classify=build_classification(*margins),
         classify_shard=build_sharded_classification(*margins, complete) if sharded else None,
-        compare=build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, cfg.TEST.DISTANCE),
+        compare=build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, loss.PAIR_DISTANCE or cfg.TEST.DISTANCE),
         gather=loss.GATHER,
         center_weight=loss.CENTER,
         center_lr=loss.CENTER_LR,

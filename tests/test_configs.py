@@ -35,7 +35,7 @@ def test_micro_batches_on_one_rank_equal_four_ranks(pedestrians, tmp_path, path)
 @pytest.mark.ranks
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: p.stem)
 def test_every_other_config_trains(pedestrians, tmp_path, path):
-    events, evals = train_config(2, path, pedestrians, tmp_path)
+    events, evals = train_config(2, path, pedestrians, tmp_path, "DATA.NUM_INSTANCES 4 TRAIN.PRECISION fp32")
     assert len(events) == 2 and np.isfinite(losses_of(events)).all() and len(evals) == 1
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from .heads import CosineClassifier, LinearClassifier
 from .ianet import build_ianet, build_ianet_ibn
 from .mobilenet import build_mobilenet_v2, fetch_mobilenet_v2
+from .non_local import add_non_local
+from .pool import POOLS
 from .resnet import build_resnet50, build_resnet50_ibn, fetch_resnet50, fetch_resnet50_ibn
 from .tiny import build_tiny
 
@@ -37,27 +39,55 @@ MODELS: dict[str, Backbone] = {
 
 
 class ReIDModel(nn.Module):
-    """Simple-ReID's network: backbone, global average pooling, BatchNorm1d, classifier.
+    """Simple-ReID's network: backbone, global average pooling, BatchNorm1d, classifier; and its common variants.
 
-    The feature after the batch norm serves the classifier, the pairwise loss and the test alike. Training: images
-    (B, 3, H, W) -> (features (B, D), logits or cosines (B, num_pids)), the latter None when the classifier is a shard,
-    which takes the gathered features of all ranks. Evaluation: -> features (B, D).
+    The feature after the batch norm serves the classifier, the pairwise loss and the test alike. With bnneck (Luo et
+    al., Bag of Tricks, CVPRW 2019, sec. 3.5) the pairwise loss takes the one before it, and neither the batch norm nor
+    the classifier learns a bias. embed_dim > 0: a linear layer to so many dimensions comes before the batch norm.
+
+    Training: images (B, 3, H, W) -> (features of the pairwise loss (B, D), logits or cosines (B, num_pids)), the latter
+    None when the classifier is a shard, which takes the gathered features of all ranks. Evaluation: -> features (B, D).
     """
 
-    def __init__(self, backbone: nn.Module, feature_dim: int, classifier: nn.Module, sharded: bool):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        classifier: nn.Module,
+        sharded: bool,
+        bnneck: bool = False,
+        pool: str = "avg",
+        embed_dim: int = 0,
+    ):
         super().__init__()
         self.backbone = backbone
-        self.bn = nn.BatchNorm1d(feature_dim)
+        self.pool = POOLS[pool]()
+        self.embed: nn.Module = nn.Identity()
+        if embed_dim:
+            self.embed = nn.Linear(feature_dim, embed_dim, bias=False)
+            nn.init.normal_(self.embed.weight, 0.0, 0.01)
+        self.bn = nn.BatchNorm1d(embed_dim or feature_dim)
         nn.init.normal_(self.bn.weight, 1.0, 0.02)
         nn.init.zeros_(self.bn.bias)
         self.classifier = classifier
-        self.sharded = sharded
+        self.sharded, self.bnneck = sharded, bnneck
+        if bnneck:
+            nn.init.ones_(self.bn.weight)
+            self.bn.bias.requires_grad_(False)
+            for name, p in classifier.named_parameters():
+                p.requires_grad_(name != "bias")
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the feature."""
+        return len(self.bn.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        feats = self.bn(self.backbone(images).mean(dim=(2, 3)))
+        pooled = self.embed(self.pool(self.backbone(images)))
+        feats = self.bn(pooled)
         if not self.training:
             return feats
-        return feats, None if self.sharded else self.classifier(feats)
+        return pooled if self.bnneck else feats, None if self.sharded else self.classifier(feats)
 
 
 def find_backbone(name: str) -> Backbone:
@@ -77,6 +107,11 @@ def build_model(
     last_stride: int = 1,
     seed: int = 0,
     sharded: bool = False,
+    *,
+    bnneck: bool = False,
+    pool: str = "avg",
+    embed_dim: int = 0,
+    non_local: bool = False,
     **options: Any,
 ) -> ReIDModel:
     """A fresh network with the weights of `seed`, the same on every rank. rows: the identities of its classifier.
@@ -89,11 +124,14 @@ def build_model(
     row = find_backbone(name)
     if row.feature_dim != feature_dim:
         raise ValueError(f"MODEL.FEATURE_DIM {feature_dim}: expected {row.feature_dim}, the width of MODEL.NAME {name}")
-    classifier = (CosineClassifier if cosine else LinearClassifier)(feature_dim, rows, seed)
+    classifier = (CosineClassifier if cosine else LinearClassifier)(embed_dim or feature_dim, rows, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         chosen = {key: value for key, value in options.items() if key in row.keywords}
-        model = ReIDModel(row.build(last_stride, **chosen), feature_dim, classifier, sharded)
+        backbone = row.build(last_stride, **chosen)
+        if non_local:
+            add_non_local(backbone, name)
+        model = ReIDModel(backbone, feature_dim, classifier, sharded, bnneck, pool, embed_dim)
     check_no_dropout(model, name)
     return model
 
