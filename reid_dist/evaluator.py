@@ -117,9 +117,18 @@ def evaluate_features(  # all ranks
 
 
 def rank_matches(  # all ranks
-    query: Features, mine: Shard, sides: Sides, chunk: int | None
+    query: Features,
+    mine: Shard,
+    sides: Sides,
+    chunk: int | None,
+    tile_of: Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, Order]] | None = None,
+    observe: Callable[[torch.Tensor, Order, slice, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> tuple[metrics.Floats, metrics.Floats, metrics.Ints]:
-    """(AP, INP, rank of the first match), each (Q,) by query index, as `metrics.summarise` takes them."""
+    """(AP, INP, rank of the first match), each (Q,) by query index, as `metrics.summarise` takes them.
+
+    tile_of: makes a tile from (features, buffer, places) in place of mine.tile. observe: sees every tile with its
+    order, its queries' places and the (row, number) of this rank's true matches in it.
+    """
     labels = query_labels(query)
     valid = mine.matching.num_valid(labels)
     totals = dist.all_sum(torch.from_numpy(valid.copy()).to(mine.device)).cpu().numpy()
@@ -144,8 +153,13 @@ def rank_matches(  # all ranks
 
     for part, num_matches in zip(chunks, sizes, strict=True):
         here = labels.take(part.places)
-        tile, order = mine.tile(broadcast_rows(query.feats, part, mine), buffer)
-        matches = gather_matches(mine, tile, order, here, num_matches, totals[part.places])
+        feats = broadcast_rows(query.feats, part, mine)
+        tile, order = tile_of(feats, buffer, part.places) if tile_of else mine.tile(feats, buffer)
+        rows, columns = own_matches(mine, tile, order, here)
+        values = order.of(tile[rows, columns], columns)
+        if observe is not None:
+            observe(tile, order, part.places, rows, values)
+        matches = gather_matches(rows, values, mine.indices[columns], num_matches, totals[part.places])
         before = counting.count_before(tile, order, mine.indices, matches)
         counted.append((here.indices, matches.offsets, dist.all_sum(before)))
         if mine.device.type == "cpu":
@@ -166,25 +180,29 @@ def split(num_query: list[int], chunk: int) -> list[Chunk]:
     return chunks
 
 
+def own_matches(mine: Shard, tile: torch.Tensor, order: Order, queries: Labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, column) of this rank's true matches; its junk goes to the end of the tile's rows."""
+    rows, columns, junk = mine.matching.same_pid(queries)
+    tile[to_device(rows[junk], mine), to_device(columns[junk], mine)] = order.last
+    return to_device(rows[~junk], mine), to_device(columns[~junk], mine)
+
+
 def gather_matches(  # all ranks
-    mine: Shard, tile: torch.Tensor, order: Order, queries: Labels, sizes: list[int], totals: Ints
+    rows: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, sizes: list[int], totals: Ints
 ) -> Matches:
-    """All ranks' true matches of one chunk; junk in `tile` goes to the end of its row.
+    """All ranks' true matches of one chunk, from this rank's.
 
     sizes: how many matches each rank has; totals: (C,) how many each query has.
     """
-    rows, columns, junk = mine.matching.same_pid(queries)
-    tile[to_device(rows[junk], mine), to_device(columns[junk], mine)] = order.last
-    own_rows, own_columns = to_device(rows[~junk], mine), to_device(columns[~junk], mine)
-    values = order.of(tile[own_rows, own_columns], own_columns)
     # One gather instead of three: float64 holds a float32 or float64 number and any index exactly.
-    found = torch.stack([own_rows.double(), values.double(), mine.indices[own_columns].double()], 1)
-    found = dist.all_gather_rows(found, sizes)
-    owners = np.repeat(np.arange(len(sizes)), sizes) == dist.rank()
+    found = dist.all_gather_rows(torch.stack([rows.double(), values.double(), indices.double()], 1), sizes)
+    is_mine = torch.zeros(len(found), dtype=torch.bool, device=found.device)
+    start = sum(sizes[: dist.rank()])
+    is_mine[start : start + len(rows)] = True
     sort = counting.lexsort(found[:, 0], found[:, 1], found[:, 2])
-    found, is_mine = found[sort], to_device(owners, mine)[sort]
+    found, is_mine = found[sort], is_mine[sort]
     offsets = np.concatenate([[0], totals.cumsum()])
-    return Matches(found[:, 0].long(), found[:, 1].to(tile.dtype), found[:, 2].long(), is_mine, offsets)
+    return Matches(found[:, 0].long(), found[:, 1].to(values.dtype), found[:, 2].long(), is_mine, offsets)
 
 
 def to_device(array: np.ndarray, mine: Shard) -> torch.Tensor:
