@@ -22,8 +22,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from reid_dist import evaluator
 from reid_dist.evaluator import Features, evaluate_features
+from reid_dist.ranking.positions import TILE_BYTES
 
 # Queries, gallery rows, identities, cameras, of which gallery rows without an identity of the queries'.
 SIZES = {
@@ -57,7 +57,7 @@ def draw(size: str, kind: str) -> tuple[Features, Features]:
 
 def bare_product(query: Features, gallery: Features) -> None:
     """The matrix product alone, in the tiles that the evaluator takes."""
-    chunk = max(1, evaluator.TILE_BYTES // (len(gallery.feats) * 4))
+    chunk = max(1, TILE_BYTES // (len(gallery.feats) * 4))
     tile = torch.empty(min(chunk, len(query.feats)), len(gallery.feats))
     for feats in query.feats.split(chunk):
         torch.mm(feats, gallery.feats.T, out=tile[: len(feats)])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reid_dist import counting, features
-from reid_dist.counting import Matches, Order
+from reid_dist.ranking import counting, features
+from reid_dist.ranking.counting import Matches, Order
 
 
 @settings(max_examples=100)

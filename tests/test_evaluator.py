@@ -10,10 +10,11 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from reid_dist import dist, evaluator, features
+from reid_dist import dist, evaluator
 from reid_dist.evaluator import Features, evaluate_features, extract, ranked_lists, shard
-from reid_dist.features import square_norms
-from reid_dist.tiles import Shard
+from reid_dist.ranking import features, positions
+from reid_dist.ranking.features import square_norms
+from reid_dist.ranking.tiles import Shard
 from tests.ranks import run_ranks
 from tests.test_metrics import Case, dense_distances, make_case, ranked, reference
 
@@ -159,8 +160,8 @@ def test_the_tile_keeps_to_its_budget(monkeypatch):
     shapes = []
     tile = Shard.tile
     monkeypatch.setattr(Shard, "tile", lambda self, *args: shapes.append(len(args[0])) or tile(self, *args))
-    monkeypatch.setattr(evaluator, "TILE_BYTES", 7 * 200 * 8)
-    monkeypatch.setattr(evaluator, "MATCH_BYTES", 0)
+    monkeypatch.setattr(positions, "TILE_BYTES", 7 * 200 * 8)
+    monkeypatch.setattr(positions, "MATCH_BYTES", 0)
     (result,) = evaluate_cases([case])
     assert len(shapes) == 8 and sum(shapes) == 50 and set(shapes) == {6, 7}
     assert_equal(result, reference(case))

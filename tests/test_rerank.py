@@ -7,7 +7,7 @@ import pytest
 
 from reid_dist import dist
 from reid_dist.evaluator import evaluate_features
-from reid_dist.rerank import Settings, evaluate_reranked
+from reid_dist.ranking.rerank import Settings, evaluate_reranked
 from tests.ranks import run_ranks
 from tests.test_metrics import Case, make_case, reference
 

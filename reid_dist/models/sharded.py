@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .. import dist
-from ..evaluator import shard
 from ..losses.cross_entropy import SoftmaxParts
+from ..ranking.features import shard
 
 
 def classifier_rows(num_pids: int, sharded: bool, rank: int, world_size: int) -> range:

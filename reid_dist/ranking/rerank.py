@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import dist, evaluator, metrics
+from .. import dist, metrics
+from ..metrics import EvalResult, Floats
+from . import positions
 from .counting import Order
-from .features import Features, Ints, Metric, blocks, check
-from .metrics import EvalResult, Floats
+from .features import Features, Ints, Metric, Sides, blocks, check
 from .neighbours import nearest, squared
 from .tiles import MIN_NORM, Shard
 
@@ -77,9 +78,9 @@ def evaluate_reranked(  # all ranks
     distances = member_distances(sets, own, near, sources, metric) / greatest[own][sets.rows]
     rows = gather_sparse(exponential_weights(sets._replace(values=distances)), own, len(near))
     tiles = Reranked(shards[1], sides, query, rows, near[:, : settings.k2], greatest, settings.weight)
-    ranks = evaluator.rank_matches(query, shards[1], sides, chunk, tiles.tile)
+    found = positions.rank_matches(query, shards[1], sides, chunk, tiles.tile)
     seconds = max(dist.gather_objects(time.perf_counter() - begin))
-    return metrics.summarise(*ranks, sum(sides.num_gallery), seconds)
+    return metrics.summarise(*found.by_index(), sum(sides.num_gallery), seconds)
 
 
 def reciprocal_sets(near: Ints, k1: int, rows: Ints) -> Sparse:
@@ -132,7 +133,7 @@ def member_distances(  # all ranks
         sizes = dist.all_gather_sizes(len(side.feats))
         indices, norms = dist.all_gather_rows(side.indices).cpu().numpy(), dist.all_gather_rows(squares)
         width = side.feats.shape[1]
-        for part in evaluator.split(sizes, max(1, evaluator.TILE_BYTES // 4 // (width * dtype.itemsize))):
+        for part in positions.split(sizes, max(1, positions.TILE_BYTES // 4 // (width * dtype.itemsize))):
             feats = broadcast_as(side.feats, part, dtype, device)
             places = np.full(len(near), -1)
             places[start + indices[part.places]] = np.arange(len(part.rows))
@@ -160,7 +161,7 @@ def member_distances(  # all ranks
 
 
 def broadcast_as(  # all ranks
-    feats: torch.Tensor, part: evaluator.Chunk, dtype: torch.dtype, device: torch.device
+    feats: torch.Tensor, part: positions.Chunk, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A chunk's features on every rank, as `dtype`; they travel in their own type."""
     if dist.rank() == part.source:
@@ -216,7 +217,7 @@ class Reranked:
     def __init__(
         self,
         shard: Shard,
-        sides: evaluator.Sides,
+        sides: Sides,
         query: Features,
         rows: Sparse,
         near: Ints,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from . import dist, evaluator
+from .. import dist
+from ..metrics import Floats
+from . import positions
 from .counting import Order, in_threads
 from .features import Features, Ints
-from .metrics import Floats
 from .tiles import MIN_NORM, Shard
 
 
@@ -36,12 +37,12 @@ def _nearest_of(  # all ranks
     indices = dist.all_gather_rows(query.indices).cpu().numpy()
     norms = dist.all_gather_rows(squares)
     widest = max(max(sizes) for sizes in dist.gather_objects([len(mine) for mine in targets]))
-    chunks = evaluator.split(num_query, max(1, evaluator.TILE_BYTES // max(1, widest * targets[0].dtype.itemsize)))
+    chunks = positions.split(num_query, max(1, positions.TILE_BYTES // max(1, widest * targets[0].dtype.itemsize)))
     places, distances = np.empty((len(indices), k), np.int64), np.empty((len(indices), k))
     greatest = np.empty(len(indices))
     buffers = [mine.new_buffer(max(len(c.rows) for c in chunks)) for mine in targets]
     for part in chunks:
-        feats = evaluator.broadcast_rows(query.feats, part, targets[0])
+        feats = positions.broadcast_rows(query.feats, part, targets[0])
         found, far = [], torch.full((len(feats),), -torch.inf, dtype=torch.float64, device=feats.device)
         for mine, start, buffer in zip(targets, starts, buffers, strict=True):
             tile, order = mine.tile(feats, buffer)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import dist
+from .. import dist
 
 Metric = Literal["cosine", "euclidean"]
 Ints = npt.NDArray[np.int64]

@@ -104,3 +104,9 @@ class Matching:
             known &= distinct.take(places, mode="clip") == values if len(distinct) else False
             keys = keys * (len(distinct) + 1) + places
         return keys, known
+
+
+def to_device(array: np.ndarray, mine: Shard) -> torch.Tensor:
+    """A copy to a GPU goes through pinned memory, else the host would wait for all that is queued there."""
+    tensor = torch.from_numpy(array)
+    return tensor if mine.device.type == "cpu" else tensor.pin_memory().to(mine.device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""The evaluator's inner parts: features, tiles of products, counts, positions, neighbours, re-ranking."""
