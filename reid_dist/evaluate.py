@@ -18,11 +18,13 @@ from .config import parser, run_folder
 from .data.index import DatasetIndex, TestSet
 from .data.loader import test_batches
 from .data.split import Split
+from .details import add_activation_maps, evaluation_details
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
 from .models import ReIDModel
 from .models.weights import fill, read_weights
-from .report import Reporter, draw_ranked_lists, result_numbers, table
+from .report import PageBuilder, Reporter, draw_ranked_lists, result_numbers, table
 from .step import AUTOCAST
+from .summary import after_evaluation
 
 SHOWN_QUERIES = 12
 SHOWN_ANSWERS = 10
@@ -35,27 +37,39 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     notes = dist.agreed(
         lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}", whole=True)
     )
-    evaluate_once(model, index, cfg, world, notes)
+    evaluate_once(model, index, cfg, world, notes, args.weights)
 
 
 def evaluate_once(
-    model: ReIDModel, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str]
+    model: ReIDModel, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str], weights: str = ""
 ) -> None:  # all ranks
-    """Evaluates on every test set, prints the table, writes evaluation.json and the ranked lists of the first."""
-    reporter = Reporter(run_folder(cfg), world.is_main)
+    """Evaluates on every test set, prints the table, writes evaluation.json, the ranked lists of the first, the page.
+
+    weights: the file they came from, where there is one.
+    """
+    reporter = Reporter(run_folder(cfg), world.is_main, page=PageBuilder(run_folder(cfg)) if cfg.REPORT.PAGE else None)
     dist.agreed(reporter.make_folder)
     for line in [*notes, *(f"note      {note}" for note in index.notes)]:
         reporter.say(line)
-    results, picture = {}, ""
+    results, details, picture = {}, [], ""
     for test in index.tests:
         result, query, gallery = evaluate(model, test, cfg, world, reporter)
         results[test.label] = result
         picture = picture or show_ranked_lists(query, gallery, result, test, cfg, world, reporter)
+        if cfg.REPORT.PAGE:
+            details.append(evaluation_details(query, gallery, result, test, cfg.TEST.DISTANCE, cfg.SEED))
+            details[-1] |= result_numbers(result)
+            show_activation(details[-1], model, test, cfg, world)
     reporter.say(table({label: vars(result) for label, result in results.items()}))
     numbers = [result_numbers(result) for result in results.values()]
     by_set = {test.name: row for test, row in zip(index.tests, numbers, strict=True)}
     reporter.save_result(numbers[0] | {"tests": by_set}, "evaluation.json")
     reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
+    if details:
+        reporter.show(details, {"by": "evaluation", "weights": weights or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED})
+    reporter.close()
+    for line in after_evaluation(cfg, weights):
+        reporter.say(line)
 
 
 def evaluate(
@@ -71,18 +85,7 @@ def evaluate(
         "gallery": num_query + np.array(shard(num_gallery, world.rank, world.world_size), np.int64),
     }
     images = np.concatenate(list(mine.values()))
-    batches = test_batches(
-        test.path,
-        images,
-        batch=cfg.DATA.TEST_BATCH,
-        height=cfg.DATA.HEIGHT,
-        width=cfg.DATA.WIDTH,
-        device=world.device,
-        dtype=image_dtype(cfg),
-        pipeline=cfg.DATA.PIPELINE,
-        decode_device=cfg.DATA.DECODE_DEVICE,
-        num_workers=cfg.DATA.NUM_WORKERS,
-    )
+    batches = test_batches(test.path, images, **how_images_are_made(cfg, world))
     autocast = AUTOCAST.get(cfg.TRAIN.PRECISION)
     with reporter.counting("extract", len(images)) as progress:
         feats, rows = extract(model, batches, len(images), model.feature_dim, world.device, autocast, progress)
@@ -96,6 +99,26 @@ def evaluate(
 
     query, gallery = part(test.query, 0), part(test.gallery, num_query)
     return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
+
+
+def how_images_are_made(cfg: Any, world: dist.World) -> dict[str, Any]:
+    """The keywords of `test_batches`."""
+    return {
+        "batch": cfg.DATA.TEST_BATCH,
+        "height": cfg.DATA.HEIGHT,
+        "width": cfg.DATA.WIDTH,
+        "device": world.device,
+        "dtype": image_dtype(cfg),
+        "pipeline": cfg.DATA.PIPELINE,
+        "decode_device": cfg.DATA.DECODE_DEVICE,
+        "num_workers": cfg.DATA.NUM_WORKERS,
+    }
+
+
+def show_activation(details: dict[str, Any], model: ReIDModel, test: TestSet, cfg: Any, world: dist.World) -> None:
+    """Adds activation maps to an evaluation's details where they are asked for; on rank 0, without a collective."""
+    if cfg.REPORT.ACTIVATION_MAPS and world.is_main:
+        add_activation_maps(details, model, test, how_images_are_made(cfg, world))
 
 
 def show_ranked_lists(

@@ -124,9 +124,17 @@ _C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
 _C.TEST.START_EVAL = 0  # no evaluation up to this epoch
 _C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by
 
+_C.REPORT = CfgNode()
+_C.REPORT.PAGE = True  # after each evaluation report/index.html is built, by a process beside the training
+_C.REPORT.ACTIVATION_MAPS = False  # the page shows where the network responds in the worst queries
+
 _C.WANDB = CfgNode()
 _C.WANDB.MODE = "disabled"  # disabled | offline | online
 _C.WANDB.PROJECT = "reid_dist"
+_C.WANDB.PICTURES = False  # after each evaluation a table of ranked lists with their images
+_C.WANDB.ARTIFACT = False  # at the end best.pt is uploaded as a model artifact
+
+_C.TENSORBOARD = False  # the same numbers for TensorBoard, in the run's folder
 
 _C.DIST = CfgNode()
 _C.DIST.START_TIMEOUT_S = 1800.0  # seconds that a rank waits for the others, until the first step is done
@@ -145,6 +153,7 @@ FREE_ON_RESUME = {
     "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MICRO_BATCH", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH",
     "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
     "DIST.START_TIMEOUT_S", "DIST.TIMEOUT_S", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
+    "WANDB.PICTURES", "WANDB.ARTIFACT", "TENSORBOARD", "REPORT.PAGE", "REPORT.ACTIVATION_MAPS",
     "EVAL_MODE", "GPU", "OUTPUT", "TAG",
 }  # fmt: skip
 

@@ -18,17 +18,28 @@ from torch import nn
 
 from . import dist, ema, preemption, watchdog
 from .build import build_loader, build_network, build_plan, read_index, read_same_command
-from .config import flatten, parser, run_folder
+from .config import flatten, parser, read_yaml, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
-from .evaluate import evaluate, evaluate_once, show_ranked_lists
+from .details import evaluation_details
+from .evaluate import evaluate, evaluate_once, show_activation, show_ranked_lists
 from .finite import finite_or_none, settle
 from .models import ReIDModel
 from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import Schedule, build_optimizer, lr_at, parameter_groups, set_lr
-from .report import Reporter, clock, describe_best, eval_event, start_wandb, table
+from .report import (
+    PageBuilder,
+    Reporter,
+    clock,
+    describe_best,
+    eval_event,
+    new_run_id,
+    note_start,
+    open_services,
+    table,
+)
 from .resume import (
     Parts,
     Saver,
@@ -41,6 +52,7 @@ from .resume import (
     restore,
 )
 from .step import Losses, Objective, build_objective, global_values, rehearse, train_step
+from .summary import after_training, device_name, summary
 
 # What a rank may raise in the vote of a step.
 PREEMPTED, NOT_SAVED = 1, 2
@@ -82,7 +94,18 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
         return
 
     reporter = open_reporter(cfg, plan, world, state, resumed)
-    for line in [*notes, *summary(cfg, index, plan, model, world, state, resumed)]:
+    about = summary(
+        cfg,
+        index,
+        plan,
+        model,
+        world,
+        last_step(cfg, plan),
+        state.step,
+        resumed,
+        read_yaml(args.cfg) if args.cfg and world.is_main else {},
+    )
+    for line in [*notes, *about]:
         reporter.say(line)
     saver = Saver(cfg, world, {"config": cfg.dump(), "index": index.fingerprint()})
     with watchdog.watching(world.rank, run_folder(cfg)):
@@ -91,8 +114,13 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
         reporter.say(f"preempted after step {state.step}; the same command with --resume auto goes on from there")
     elif best := state.best:
         reporter.say(describe_best(best, cfg.TEST.BEST_METRIC, index.tests[0].kind))
-    reporter.say(f"everything of this run: {run_folder(cfg)}")
+    if done and cfg.WANDB.ARTIFACT and saves(cfg):
+        best_file = run_folder(cfg) / "checkpoints" / "best.pt"
+        reporter.send("artifact", best_file, f"{cfg.DATA.DATASET.replace('+', '-')}-{cfg.TAG}", state.best)
     reporter.close()
+    reporter.say(f"everything of this run: {run_folder(cfg)}")
+    for line in after_training(cfg, saves(cfg)) if done else ():
+        reporter.say(line)
 
 
 def fit(
@@ -177,13 +205,16 @@ def test(
     """Evaluates, logs, notes the step and the best result in `state`, and saves."""
     watchdog.at("evaluation")
     reporter.end_progress()
-    epoch, events, picture = math.ceil(state.step / plan.num_steps), {}, ""
+    epoch, events, details, picture = math.ceil(state.step / plan.num_steps), {}, [], ""
     for on in index.tests:
         result, query, gallery = evaluate(parts.model, on, cfg, world, reporter)
         events[f"{on.label}, epoch {epoch}"] = event = eval_event(epoch, state.step, on.name, result)
         reporter.log(event)
         if state.step == last_step(cfg, plan) and not picture:
             picture = show_ranked_lists(query, gallery, result, on, cfg, world, reporter)
+        if cfg.REPORT.PAGE or cfg.WANDB.PICTURES:
+            details.append(evaluation_details(query, gallery, result, on, cfg.TEST.DISTANCE, cfg.SEED))
+            show_activation(details[-1], parts.model, on, cfg, world)
     if parts.ema:
         with ema.using_average(parts.ema, parts.model):
             for on in index.tests:
@@ -192,6 +223,10 @@ def test(
                 events[f"{on.label}, epoch {epoch}, averaged weights"] = event
                 reporter.log(event)
     reporter.say(table(events))
+    if details:
+        reporter.show(details, {"step": state.step, "epoch": epoch, "by": "training"})
+        for one in details if cfg.WANDB.PICTURES else ():
+            reporter.send("ranked_lists", one, state.step)
     state.last_eval = state.step
     first, *others = events.values()  # the best checkpoint is chosen on the first
     if not state.best or first[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
@@ -205,14 +240,17 @@ def test(
 
 
 def open_reporter(cfg: Any, plan: EpochPlan, world: dist.World, state: State, resumed: bool) -> Reporter:  # all ranks
-    """The run's folder with the resolved config in it, its metrics cut back to the state, and wandb where asked for."""
+    """The run's folder with the resolved config in it, its metrics cut back to the state, and logging services."""
     folder = run_folder(cfg)
     dist.agreed(prepare_folder, folder, cfg, world, state.step if resumed else None)
-    run = (
-        start_wandb(cfg.WANDB.MODE, cfg.WANDB.PROJECT, folder, flatten(cfg), state.wandb_id) if world.is_main else None
-    )
-    state.wandb_id = run.id if run is not None else state.wandb_id
-    reporter = Reporter(folder, world.is_main, plan.num_steps, run)
+    last, services = last_step(cfg, plan), []
+    if world.is_main:
+        start = {"step": state.step, "world_size": world.world_size, "device": device_name(world)}
+        note_start(folder, start | {"steps_per_epoch": plan.num_steps, "last_step": last})
+        state.wandb_id = state.wandb_id or new_run_id()
+        services = open_services(cfg, folder, flatten(cfg), state.wandb_id, state.step)
+    page = PageBuilder(folder) if cfg.REPORT.PAGE else None
+    reporter = Reporter(folder, world.is_main, plan.num_steps, last, cfg.DATA.TRAIN_BATCH, services, page)
     reporter.cut(state.step, state.last_eval)
     return reporter
 
@@ -278,35 +316,6 @@ def test_due(step: int, cfg: Any, plan: EpochPlan) -> bool:
     return step == last_step(cfg, plan) or (
         rest == 0 and every > 0 and epoch > cfg.TEST.START_EVAL and epoch % every == 0
     )
-
-
-def summary(
-    cfg: Any, index: DatasetIndex, plan: EpochPlan, model: nn.Module, world: dist.World, state: State, resumed: bool
-) -> list[str]:
-    """What will run, on what, as lines for the console."""
-    d, w = cfg.DATA, world.world_size
-    group = cfg.MODEL.BN_GROUP or d.TRAIN_BATCH
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [
-        f"data      {index.name}: {len(index.train)} training images of {index.num_pids} identities",
-        *(f"test      {t.label}: {len(t.query)} queries, {len(t.gallery)} gallery images" for t in index.tests),
-        f"best      the checkpoint with the highest {cfg.TEST.BEST_METRIC} on {index.tests[0].kind}",
-        f"batch     {d.TRAIN_BATCH} = {d.TRAIN_BATCH // d.NUM_INSTANCES} x {d.NUM_INSTANCES} ({d.SAMPLER} sampler), "
-        f"{d.TRAIN_BATCH // w} on each of {w} rank{'s' if w > 1 else ''}; batch norm over {group} images",
-        f"network   {cfg.MODEL.NAME}, {millions:.1f} M parameters, {d.HEIGHT}x{d.WIDTH} pixels, {cfg.TRAIN.PRECISION} "
-        f"on {world.device.type}, images by {d.PIPELINE} ({d.DECODE_DEVICE})",
-        f"run       {plan.num_steps} steps an epoch, {last_step(cfg, plan)} steps in all; written to {run_folder(cfg)}",
-    ]
-    if resumed:
-        lines.append(f"resume    after step {state.step} (epoch {state.step / plan.num_steps:.2f})")
-    if state.step >= last_step(cfg, plan):
-        lines.append("resume    the run is complete: nothing is left to train")
-    lines += [f"note      {note}" for note in index.notes]
-    if not cfg.LOSS.GATHER and w > 1:
-        lines.append(
-            f"warning   LOSS.GATHER False: pairs on each rank alone, so this run depends on there being {w} ranks"
-        )
-    return lines
 
 
 def positive(text: str) -> int:

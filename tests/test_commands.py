@@ -63,32 +63,6 @@ def test_the_plain_pipeline_trains_alike_on_one_and_two_ranks(pedestrians, tmp_p
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-9, atol=1e-9)
 
 
-def test_wandb_offline_writes_a_run_and_a_resumed_run_goes_on_in_it(pedestrians, tmp_path):
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    text = f"{SMALL} {TINY} WANDB.MODE offline TRAIN.CHECKPOINT_STEP 1 TRAIN.MAX_STEPS"
-    for steps in (2, 3):
-        argv = arguments(pedestrians, tmp_path, f"{text} {steps}")
-        call(sys.executable, "-m", "reid_dist.train", *argv, "--resume", "auto")
-    files = sorted((tmp_path / "market1501/t/wandb").glob("offline-run-*/run-*.wandb"))
-    # Two files (one per process), one run id.
-    assert len(files) == 2 and len({f.name for f in files}) == 1
-    assert all(b"train/loss_pair" in f.read_bytes() for f in files)
-
-
-def test_a_broken_wandb_stops_nothing(pedestrians, tmp_path, capsys):
-    from reid_dist.report import Reporter
-
-    class Broken:
-        def log(self, *args, **kwargs):
-            raise RuntimeError("no more quota")
-
-    reporter = Reporter(tmp_path, True, 1, Broken())
-    for step in (1, 2):
-        reporter.log({"event": "train", "step": step, "loss": 1.0})
-    assert capsys.readouterr().out.count("wandb is off from here on") == 1
-    assert len(read(tmp_path)) == 2
-
-
 def test_a_resume_cuts_the_log_back(tmp_path):
     from reid_dist.report import Reporter
 

@@ -3,26 +3,24 @@
 Importing it needs no torch: `python -m reid_dist.report` and the page built beside a training start fast.
 """
 
-from .console import (
-    METRICS,
-    Reporter,
-    clock,
-    describe_best,
-    draw_ranked_lists,
-    eval_event,
-    result_numbers,
-    start_wandb,
-    table,
-)
+from .background import PageBuilder
+from .console import METRICS, Reporter, clock, describe_best, draw_ranked_lists, eval_event, result_numbers, table
+from .facts import note_start
+from .run import PAGE
+from .services import new_run_id, open_services
 
 __all__ = [
     "METRICS",
+    "PAGE",
+    "PageBuilder",
     "Reporter",
     "clock",
     "describe_best",
     "draw_ranked_lists",
     "eval_event",
+    "new_run_id",
+    "note_start",
+    "open_services",
     "result_numbers",
-    "start_wandb",
     "table",
 ]

@@ -1,30 +1,53 @@
-"""What people see of a run: the console, metrics.jsonl, result.json, the ranked lists as a picture, and wandb.
+"""What people see of a run while it goes on: the console, metrics.jsonl, result.json, the ranked lists as a picture.
 
 Only rank 0 writes; every other rank holds a Reporter that does nothing. Names in files are those of the README.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
+from .background import PageBuilder
+from .run import DETAILS_FILE, METRICS_FILE
+from .services import Service, finish_all
 
+SETTLED = 20  # steps after which the speed says something
+SLOW_DATA = 0.2  # more waiting for images than this share of the time is said
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 
 
 class Reporter:
-    """Progress and results of one run. `folder` is the run's; `is_main` says whether this process writes at all."""
+    """Progress and results of one run. `folder` is the run's; `is_main` says whether this process writes at all.
 
-    def __init__(self, folder: Path, is_main: bool, steps_per_epoch: int = 0, wandb_run: Any = None):
-        self.folder, self.is_main, self.steps_per_epoch, self.wandb_run = folder, is_main, steps_per_epoch, wandb_run
+    steps_per_epoch, num_steps: of an epoch and of the whole run; batch: images of a step; services: what metrics go to
+    beside metrics.jsonl; page: builds the page after each evaluation; None: nobody does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        is_main: bool,
+        steps_per_epoch: int = 0,
+        num_steps: int = 0,
+        batch: int = 0,
+        services: Sequence[Service] = (),
+        page: PageBuilder | None = None,
+    ):
+        self.folder, self.is_main = folder, is_main
+        self.steps_per_epoch, self.num_steps, self.batch = steps_per_epoch, num_steps, batch
+        self.services, self.page = list(services), page
         self.bar: Any = None
         self.bar_epoch = 0
+        self.num_seen = 0  # steps of this process
+        self.told: set[str] = set()
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -39,24 +62,44 @@ class Reporter:
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
 
+    def say_once(self, kind: str, text: str) -> None:
+        """`say`, the first time only that something of this kind is to be said."""
+        if kind not in self.told:
+            self.told.add(kind)
+            self.say(text)
+
     def log(self, event: dict[str, Any]) -> None:
-        """One JSON object as a line of metrics.jsonl, and its numbers to wandb."""
+        """One JSON object as a line of metrics.jsonl, and its numbers to the logging services."""
         if not self.is_main:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
-        if self.wandb_run is not None:
-            kind = "/".join(event[key] for key in ("event", "dataset") if key in event)
-            try:
-                values = {f"{kind}/{k}": v for k, v in event.items() if k not in ("event", "dataset")}
-                self.wandb_run.log(values, step=event["step"])
-            except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
-                self.say(f"wandb is off from here on: {type(error).__name__}: {error}")
-                self.wandb_run = None
+        kind = "/".join(event[key] for key in ("event", "dataset", "weights") if key in event)
+        words = ("event", "dataset", "weights")
+        values = {f"{kind}/{k}": v for k, v in event.items() if k not in words and v is not None}
+        self.send("log", values, event["step"])
+        for line in self.page.poll() if self.page else []:
+            self.say(line)
+
+    def send(self, method: str, *args: Any) -> None:
+        """Calls a method of each logging service that has it, in its own thread; says what went wrong since."""
+        for service in self.services:
+            service.send(lambda sink: getattr(sink, method, lambda *_: None)(*args))
+            for line in service.complaints():
+                self.say(line)
+
+    def show(self, details: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+        """After an evaluation: writes its details (one for each test set) and has the page built, which takes its time
+        elsewhere. facts: of the evaluation as a whole: step, epoch."""
+        if not self.is_main:
+            return
+        self.save_result(facts | {"sets": details}, DETAILS_FILE, indent=None)
+        for line in self.page.build() if self.page else []:
+            self.say(line)
 
     def cut(self, step: int, last_eval: int) -> None:
         """Drops what a killed run wrote after the checkpoint it goes on from, and a half last line."""
-        file = self.folder / "metrics.jsonl"
+        file = self.folder / METRICS_FILE
         if not self.is_main or not file.exists():
             return
         kept = []
@@ -73,6 +116,9 @@ class Reporter:
         """Moves the epoch's bar to `step` (of the epoch, from 1); `event` is the train event of a log step."""
         if not self.is_main:
             return
+        self.num_seen += 1
+        if event and self.num_seen >= SETTLED:
+            self.judge_speed(event)
         interactive = sys.stderr.isatty()
         if interactive:
             if self.bar is None or self.bar_epoch != epoch:
@@ -85,6 +131,19 @@ class Reporter:
                 self.end_progress()
         elif event:
             self.say(f"epoch {epoch}  step {step}/{self.steps_per_epoch}  {describe(event)}")
+
+    def judge_speed(self, event: dict[str, Any]) -> None:
+        """Once the first steps are over: how long an epoch takes, and whether the network waits for images."""
+        seconds = self.batch / event["images_per_s"]  # of a step
+        epoch, left = self.steps_per_epoch * seconds, (self.num_steps - event["step"]) * seconds
+        expected = f"about {duration(epoch)} an epoch, {duration(left)} to the end, evaluations aside"
+        self.say_once("speed", f"speed     {expected}")
+        if event["data_wait"] > SLOW_DATA:
+            self.say_once(
+                "data wait",
+                f"warning   {event['data_wait']:.0%} of the time the network waits for images: more DATA.NUM_WORKERS, "
+                "DATA.CACHE encoded, or on a GPU DATA.DECODE_DEVICE gpu",
+            )
 
     def end_progress(self) -> None:
         if self.bar is not None:
@@ -102,16 +161,21 @@ class Reporter:
         with tqdm(total=total, desc=name, leave=False, dynamic_ncols=True) as bar:
             yield bar.update
 
-    def save_result(self, result: dict[str, Any], name: str = "result.json") -> None:
+    def save_result(self, result: dict[str, Any], name: str = "result.json", indent: int | None = 2) -> None:
         """A JSON file in the run's folder, whole or not at all."""
         if self.is_main:
-            text = json.dumps(result, indent=2) + "\n"
+            text = json.dumps(result, indent=indent) + "\n"
             write_atomic(self.folder / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def close(self) -> None:
+        """Waits, within limits, for the page and the logging services."""
         self.end_progress()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        for line in self.page.finish() if self.page else []:
+            self.say(line)
+        finish_all(self.services)
+        for service in self.services:
+            for line in service.complaints():
+                self.say(line)
 
 
 def open_bar(epoch: int, total: int, initial: int) -> Any:
@@ -130,25 +194,15 @@ def describe(event: dict[str, Any]) -> str:
     )
 
 
-def start_wandb(mode: Any, project: str, folder: Path, config: dict[str, Any], run_id: str) -> Any:  # rank 0 only
-    """A wandb run that continues run_id; None when the mode is 'disabled' or wandb cannot start, which is said."""
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project=project,
-            dir=str(folder),
-            config=config,
-            mode=mode,
-            id=run_id or None,
-            resume="allow",
-            name=folder.name,
-        )
-    except Exception as error:  # noqa: BLE001 - no failure of a logging service may stop a training run
-        print(f"wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+def duration(seconds: float) -> str:
+    """'48 s', '3 min 20 s', '2 h 5 min', '1 d 3 h'."""
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    whole = round(seconds)
+    for (size, name), (smaller, next_name) in itertools.pairwise(units):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {name}" + (f" {rest} {next_name}" if rest else "")
+    return f"{whole} s"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -97,7 +97,13 @@ def read_named(
     if junk_pid is not None:
         kept &= numbers[:, 0] != junk_pid
     files = np.char.add(os.fsencode(f"{folder}/"), names[kept])
-    return Split((str(root),), files, numbers[kept, 0].copy(), numbers[kept, 1] - 1), unparsed
+    pids, camids = numbers[kept, 0].copy(), numbers[kept, 1] - 1
+    return Split((str(root),), files, pids, camids, camid_names=counted_from_1(camids)), unparsed
+
+
+def counted_from_1(camids: np.ndarray) -> np.ndarray:
+    """camid_names of cameras that names count from 1: b'1' for camid 0."""
+    return np.arange(1, int(camids.max(initial=0)) + 2).astype(bytes)
 
 
 def parse_names(names: np.ndarray, pattern: re.Pattern[bytes], folder: str) -> tuple[np.ndarray, list[str]]:
