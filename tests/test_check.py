@@ -1,6 +1,7 @@
 """`python -m reid_dist.data check`: the right table on every layout, and everything that is wrong is named."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -92,15 +93,53 @@ def test_everything_that_is_wrong_is_named(tmp_path, capsys):
     )
     assert named["images less than 8 pixels high or wide"] == ["one_pixel.png"]
     assert lists["names or rows that mean nothing"] == ["train/stray.jpg: in no identity's folder"]
-    leaked = lists["groups of files with the same content in training and in the test set"]
+    leaked = lists["groups of images with the same content in training and in the test set"]
     assert leaked == [f"{root}/train/bert/c1_9.jpg = {root}/query/carl/c1_1.jpg"]
-    assert lists["groups of files with the same content under different identities"] == [
+    assert lists["groups of images with the same content under different identities"] == [
         f"{root}/gallery/carl/c2_1.jpg = {root}/gallery/dora/c9_1.jpg"
     ]
-    same = lists["groups of files with the same content"]
+    same = lists["groups of images with the same content"]
     assert f"{root}/train/anna/c1_001.jpg = {root}/train/anna/c3_copy.jpg" in same
     assert report["splits"]["train"]["unreadable"] == 12 and report["splits"]["train"]["duplicate"] == 3
     assert "DATA.ON_BAD_IMAGE skip trains without them" in out
+
+
+def test_images_that_are_listed_again(tmp_path, capsys):
+    """One file in several rows: as good as a copy of it."""
+    again = [
+        ("a/1.jpg", "zoe", "door", "train"), ("./a/2.jpg", "bob", "hall", "train"), ("b/3.jpg", "9", "hall", "gallery"),
+        ("gone.jpg", "zoe", "door", "train"), ("gone.jpg", "zoe", "door", "train"),
+    ]  # fmt: skip
+    root = layouts.manifest(tmp_path / "data", [*layouts.MANIFEST, *again], images=False)
+    layouts.write_images(root, [row[0] for row in layouts.MANIFEST])
+    _, [report] = run_check("csv", root, tmp_path)
+    lists = {kind.removeprefix("groups of images with the same content"): n for kind, n in report["lists"].items()}
+    assert lists[""] == [
+        f"{root}/a/1.jpg (listed 2 times)", f"{root}/a/2.jpg = {root}/./a/2.jpg", f"{root}/b/3.jpg (listed 2 times)",
+        f"{root}/gone.jpg (listed 2 times)",
+    ]  # fmt: skip
+    assert lists[" in training and in the test set"] == [f"{root}/b/3.jpg (listed 2 times)"]
+    assert lists[" under different identities"] == [f"{root}/a/2.jpg = {root}/./a/2.jpg"]
+    assert [report["splits"][split]["duplicate"] for split in ("train", "query", "gallery")] == [7, 0, 1]
+    assert "warning  groups of images with the same content: 4" in capsys.readouterr().out
+
+
+def test_queries_that_are_the_gallery_by_protocol_are_no_duplicates(tmp_path):
+    root = layouts.cuhk03(tmp_path / "data")
+    _, [report] = run_check("cuhk03", root, tmp_path, "DATA.CUHK03_CLASSIC_SPLIT", "True")
+    assert [split["duplicate"] for split in report["splits"].values()] == [0, 0, 0]
+
+
+def test_any_file_name_is_printed_on_one_line(tmp_path, capsys):
+    """Names are bytes: a line end or a letter of another encoding is written as an escape."""
+    root = layouts.folder(tmp_path / "data")
+    (root / "train/x").mkdir()
+    (root / "train/x" / os.fsdecode(b"c1_line\nend_\xe9.jpg")).write_bytes(b"")
+    code, [report] = run_check("folder", root, tmp_path)
+    out = capsys.readouterr().out
+    out.encode("utf-8")
+    assert code == 2 and f"\n  {root}/train/x/c1_line\\nend_\\udce9.jpg: empty file\n" in out
+    assert len(report["lists"]["files that cannot be decoded"]) == 1
 
 
 def test_twenty_are_printed_and_all_are_kept(tmp_path, capsys):

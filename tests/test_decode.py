@@ -1,10 +1,14 @@
 """DALI, PIL and the check agree on which files are images, and on the pixels of the odd ones."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from reid_dist.data.decode import UNREADABLE, decode, why
+from reid_dist.data.bad_images import find_bad
+from reid_dist.data.decode import UNREADABLE, decode, read_bytes, why
+from reid_dist.data.split import Split
 from tests import odd_images
 from tests.test_pipeline import dali_only, images_of, request
 
@@ -50,6 +54,15 @@ def test_orientation_depth_and_transparency(tmp_path):
     grey = np.asarray(decode(paths["grey_16_bits.png"]))
     assert np.array_equal(grey[..., 0].ravel(), np.rint(deep / 257).astype(np.uint8))
     assert np.array_equal(decode(paths["moving.png"]), upright)  # the first picture
+
+
+def test_a_pipe_is_an_empty_file(tmp_path):
+    """Opened like a file it would hang the check, and with it all ranks."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UNREADABLE, match="empty file"):
+        read_bytes(str(tmp_path / "pipe.jpg"))
+    found = find_bad([Split((str(tmp_path),), np.array([b"pipe.jpg"]), np.zeros(1, int), None)], range(1), 1, int)
+    assert found == [(0, f"image {tmp_path}/pipe.jpg: empty file")]
 
 
 def test_a_file_that_cannot_be_read_says_so(tmp_path):

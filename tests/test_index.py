@@ -140,6 +140,10 @@ def test_roots_of_their_own(tmp_path):
     assert moved.fingerprint() == together.fingerprint()
     with pytest.raises(ValueError, match=r"expected csv=FOLDER as well"):
         build_index("market1501+csv", root)
+    with pytest.raises(ValueError, match=r"'marcet' is none of market1501, "):
+        build_index("market1501", f"marcet={tmp_path}/here,msmt17={tmp_path}/there")
+    layouts.folder(tmp_path / "a=b,c")
+    assert len(build_index("folder", f"{tmp_path}/a=b,c").train) == 3
     with pytest.raises(ValueError, match=r"DATA\.ROOT '/nowhere': expected an existing folder"):
         build_index("market1501", "market1501=/nowhere")
 

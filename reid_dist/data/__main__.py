@@ -19,7 +19,8 @@ from typing import Any
 
 from ..config import load_config, parser
 from ..files import write_atomic
-from .check import GOOD, UNUSABLE, Examined, Report, check, examine_files
+from .check import GOOD, UNREADABLE_FILES, UNUSABLE, Examined, Report, check, examine_files
+from .decode import printable
 from .index import find_roots, read_dataset
 from .readers.files import Options
 
@@ -108,10 +109,10 @@ def describe(report: Report, shown: int) -> str:
         )
     lines += ["", "min, median, max: images an identity. one camera: identities that one camera alone has seen.", ""]
     lines += [f"error    {text}" for text in report.errors] + [f"warning  {text}" for text in report.warnings]
-    if any(text.endswith("cannot be decoded") for text in report.errors):
+    if any(text.startswith(UNREADABLE_FILES) for text in report.errors):
         lines.append("         DATA.ON_BAD_IMAGE skip trains without them")
     for kind, names in report.lists.items():
-        lines += ["", f"{len(names):,} {kind}:", *(f"  {name}" for name in names[:shown])]
+        lines += ["", f"{kind}: {len(names):,}", *(f"  {printable(name)}" for name in names[:shown])]
         if len(names) > shown:
             lines.append(f"  and {len(names) - shown:,} more in check.json")
     return "\n".join(lines) + "\n"

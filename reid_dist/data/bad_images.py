@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from bisect import bisect_right
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..files import write_atomic
-from .decode import UNREADABLE, decode, why
+from .decode import UNREADABLE, decode, read_bytes, why
 from .split import Split
 
 BLOCK = 64  # images a thread takes at a time
@@ -44,7 +45,7 @@ def find_bad(
         for position in block:
             path = path_of(position)
             try:
-                decode(path)
+                decode(io.BytesIO(read_bytes(path)))
             except UNREADABLE as error:
                 found.append(BadImage(position, why(path, error)))
         return found

@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .decode import UNREADABLE, examine, why
+from .decode import UNREADABLE, examine, read_bytes, why
 from .index import SPLITS, TestSet, count_notes, match_notes
 from .readers.files import RawDataset
 from .split import Split, dense
@@ -23,9 +22,9 @@ BLOCK = 128  # images a process takes at a time
 
 UNPARSED = "names or rows that mean nothing"
 UNREADABLE_FILES = "files that cannot be decoded"
-DUPLICATES = "groups of files with the same content"
-LEAKED = "groups of files with the same content in training and in the test set"
-MISLABELLED = "groups of files with the same content under different identities"
+DUPLICATES = "groups of images with the same content"
+LEAKED = "groups of images with the same content in training and in the test set"
+MISLABELLED = "groups of images with the same content under different identities"
 ONE_CAMERA = "identities seen by one camera only"
 FATAL, HARMLESS = (UNPARSED, UNREADABLE_FILES), (ONE_CAMERA,)
 
@@ -99,10 +98,8 @@ def examine_block(paths: list[str]) -> list[Facts]:
 def examine_file(path: str) -> Facts:
     digest = b""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest().encode()
-        if not data:
-            return digest, (0, 0), f"image {path}: empty file", []
         size, odd = examine(data, path)
     except UNREADABLE as error:
         return digest, (0, 0), why(path, error), []
@@ -119,12 +116,13 @@ def check(
     for what, split in splits.items():
         rows[what] = np.array([places.setdefault(split.path(i), len(places)) for i in range(len(split))], np.int64)
     files = examine_all(list(places))
-    report = Report(name, root, {what: facts_on(splits[what], rows[what], files) for what in SPLITS})
-    for kind, names in [(UNPARSED, list(raw.unparsed)), *lists_of(splits, rows, files)]:
+    again = contents_of(rows, files, raw.single_shot)[2]
+    report = Report(name, root, {what: facts_on(splits[what], rows[what], files, again) for what in SPLITS})
+    for kind, names in [(UNPARSED, list(raw.unparsed)), *lists_of(splits, rows, files, raw.single_shot)]:
         if names:
             report.lists[kind] = names
             if kind not in HARMLESS:
-                (report.errors if kind in FATAL else report.warnings).append(f"{len(names):,} {kind}")
+                (report.errors if kind in FATAL else report.warnings).append(f"{kind}: {len(names):,}")
     report.warnings += count_notes(name, raw)
     if not any(map(len, splits.values())):
         report.errors.append("no images")
@@ -140,11 +138,10 @@ def check(
     return report, files
 
 
-def facts_on(split: Split, rows: np.ndarray, files: Examined) -> dict[str, int]:
-    """The numbers of a row of the table."""
+def facts_on(split: Split, rows: np.ndarray, files: Examined, again: np.ndarray) -> dict[str, int]:
+    """The numbers of a row of the table. again: (n,) how often the content of each file comes."""
     _, pids = dense(split.pids)
     per_pid = np.bincount(pids) if len(split) else np.zeros(1, np.int64)
-    _, copies = counts_of(files.digests)
     return {
         "identities": int(np.count_nonzero(per_pid)),
         "images": len(split),
@@ -154,7 +151,7 @@ def facts_on(split: Split, rows: np.ndarray, files: Examined) -> dict[str, int]:
         "max": int(per_pid.max()),
         "one camera": len(seen_once(split)),
         "unreadable": int(np.isin(rows, list(files.errors)).sum()),
-        "duplicate": int(np.count_nonzero(copies[rows] > 1)),
+        "duplicate": int(np.count_nonzero(again[rows] > 1)),
     }
 
 
@@ -168,39 +165,54 @@ def seen_once(split: Split) -> np.ndarray:
     return names[np.bincount(pairs // len(cameras), minlength=len(names)) == 1]
 
 
-def counts_of(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """((n,) group of each file, (n,) how many files have its content); what could not be read is no group."""
-    _, group, counts = np.unique(digests, return_inverse=True, return_counts=True)
-    group = group.reshape(-1)
-    return group, np.where(digests == b"", 0, counts[group])
+def contents_of(
+    rows: dict[str, np.ndarray], files: Examined, single_shot: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is there again: ((n,) number of each file's content, (n,) how often the file is listed, (n,) its content).
+
+    A file that cannot be read has a content of its own. single_shot: the queries are the gallery, by protocol.
+    """
+    _, content = np.unique(files.digests, return_inverse=True)
+    content = content.reshape(-1)
+    unread = np.flatnonzero(files.digests == b"")
+    content[unread] = content.max(initial=0) + 1 + np.arange(len(unread))
+    listed = np.concatenate([rows[what] for what in SPLITS if not (single_shot and what == "query")])
+    times = np.bincount(listed, minlength=len(files.paths))
+    return content, times, np.bincount(content, weights=times).astype(np.int64)[content]
 
 
-def lists_of(splits: dict[str, Split], rows: dict[str, np.ndarray], files: Examined) -> Iterator[tuple[str, list[str]]]:
+def lists_of(
+    splits: dict[str, Split], rows: dict[str, np.ndarray], files: Examined, single_shot: bool
+) -> Iterator[tuple[str, list[str]]]:
     """(kind, all names of that kind) for everything that is wrong with the files or odd about them."""
     yield UNREADABLE_FILES, [message.removeprefix("image ") for _, message in sorted(files.errors.items())]
     kinds = sorted({kind for odd in files.odd.values() for kind in odd})
     for kind in kinds:
         yield f"images {kind}", [files.paths[place] for place, odd in sorted(files.odd.items()) if kind in odd]
-    group, copies = counts_of(files.digests)
-    same: dict[int, list[int]] = {}
-    for place in np.flatnonzero(copies > 1).tolist():
-        same.setdefault(int(group[place]), []).append(place)
-    is_train = np.zeros(len(files.paths), dtype=bool)
-    is_train[rows["train"]] = True
-    who: dict[int, str] = {}
-    doubled = np.flatnonzero(copies > 1)
-    for what, split in splits.items():
-        for i in np.flatnonzero(np.isin(rows[what], doubled)).tolist():
-            who[int(rows[what][i])] = split.pid_name(int(split.pids[i]))
-    sides = {place: is_train[place] for place in who}
-    found: dict[str, list[str]] = {DUPLICATES: [], LEAKED: [], MISLABELLED: []}
-    for members in same.values():
-        text = " = ".join(files.paths[place] for place in members)
-        found[DUPLICATES].append(text)
-        if len({sides[place] for place in members}) > 1:
-            found[LEAKED].append(text)
-        elif len({who[place] for place in members}) > 1:
-            found[MISLABELLED].append(text)
-    yield from found.items()
+    yield from same_content(splits, rows, files, single_shot).items()
     once = [(what, split, pid) for what, split in splits.items() for pid in seen_once(split).tolist()]
     yield ONE_CAMERA, [f"{what} {split.pid_name(pid)}" for what, split, pid in once]
+
+
+def same_content(
+    splits: dict[str, Split], rows: dict[str, np.ndarray], files: Examined, single_shot: bool
+) -> dict[str, list[str]]:
+    """{kind: groups of images that are the same, be it in copies or as one file that is listed more than once}"""
+    content, times, again = contents_of(rows, files, single_shot)
+    groups: dict[int, list[tuple[int, str, str]]] = {}  # content: (place, split, pid as the data set writes it)
+    for what, split in splits.items():
+        for i in np.flatnonzero(again[rows[what]] > 1).tolist():
+            place = int(rows[what][i])
+            groups.setdefault(int(content[place]), []).append((place, what, split.pid_name(int(split.pids[i]))))
+    found: dict[str, list[str]] = {DUPLICATES: [], LEAKED: [], MISLABELLED: []}
+    for members in groups.values():
+        text = " = ".join(
+            files.paths[place] + (f" (listed {times[place]} times)" if times[place] > 1 else "")
+            for place in sorted({place for place, _, _ in members})
+        )
+        found[DUPLICATES].append(text)
+        if len({what == "train" for _, what, _ in members}) > 1:
+            found[LEAKED].append(text)
+        elif len({pid for _, _, pid in members}) > 1:
+            found[MISLABELLED].append(text)
+    return found

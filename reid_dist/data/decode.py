@@ -9,6 +9,7 @@ a decompression bomb (DALI would decode it: the check before training keeps it o
 from __future__ import annotations
 
 import io
+import os
 import struct
 
 import numpy as np
@@ -37,19 +38,39 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_bytes(path: str) -> bytes:
+    """The file's bytes. Raises OSError, also for none: what a pipe has, for whose writer a plain open would wait."""
+
+    def opener(file: str, flags: int) -> int:
+        return os.open(file, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", buffering=0, opener=opener) as stream:
+        if data := stream.read():
+            return data
+    raise OSError("empty file")
+
+
 def why(path: str, error: BaseException) -> str:
-    """'image PATH: reason' for one of UNREADABLE."""
+    """'image PATH: reason' for one of UNREADABLE, on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return f"image {path}: not a JPEG, PNG, BMP or WebP file"
+        return f"image {printable(path)}: not a JPEG, PNG, BMP or WebP file"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return f"image {path}: {reason}"
+    return f"image {printable(path)}: {reason}"
+
+
+def printable(name: str) -> str:
+    """The name with what would break a line, or is no text at all, written as escapes: file names are any bytes."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 # What an image can be beside a plain 8-bit colour picture: it is used all the same, but its owner should know.
 TURNED, GREY, CMYK, DEEP = "turned by EXIF", "in grey", "in CMYK", "of 16 bits a channel"
 TRANSPARENT, MOVING = "with transparency, which is dropped", "with more than one picture, of which the first is taken"
 HUGE, TINY = "of more than 89 million pixels", "less than 8 pixels high or wide"
-ENDINGS = {"JPEG": ("jpg", "jpeg"), "MPO": ("jpg", "jpeg"), "PNG": ("png",), "BMP": ("bmp",), "WEBP": ("webp",)}
+_JPEG = ("jpg", "jpeg", "jpe", "jfif")
+ENDINGS = {"JPEG": _JPEG, "MPO": _JPEG, "PNG": ("png",), "BMP": ("bmp",), "WEBP": ("webp",)}
 
 
 def examine(data: bytes, name: str) -> tuple[tuple[int, int], list[str]]:

@@ -150,7 +150,10 @@ def find_roots(root: str, names: Sequence[str]) -> dict[str, Path]:
     if unknown:
         raise ValueError(f"DATA.DATASET {unknown[0]!r}: expected one of {', '.join(DATASETS)}, or several joined by +")
     pairs = dict(pair.split("=", 1) for pair in root.split(",") if "=" in pair)
-    if not set(pairs) <= set(DATASETS) or not pairs:
+    misnamed = [name for name in pairs if name not in DATASETS]
+    if misnamed and len(misnamed) < len(pairs):
+        raise ValueError(f"DATA.ROOT {root!r}: {misnamed[0]!r} is none of {', '.join(DATASETS)}")
+    if misnamed or not pairs:  # an equals sign in the name of a folder
         pairs = dict.fromkeys(names, root)
     missing = [name for name in names if name not in pairs]
     if missing:

@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from ..preemption import withheld
-from .decode import UNREADABLE, decode, why
+from .decode import UNREADABLE, decode, printable, why
 
 PathOf = Callable[[int], str]
 ReadFile = Callable[[int], np.ndarray]
@@ -136,7 +136,7 @@ class FileReader:
         except OSError as error:
             raise ValueError(why(path, error)) from None
         if data.size == 0:
-            raise ValueError(f"image {path}: empty file")
+            raise ValueError(f"image {printable(path)}: empty file")
         return data
 
 

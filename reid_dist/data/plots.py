@@ -50,10 +50,14 @@ def draw_distributions(file: Path, raw: RawDataset, files: Examined) -> None:
     """A PNG of four histograms: images an identity, cameras an identity, images a camera, heights and widths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(2, 2)
+    per_pid = {what: np.bincount(dense(getattr(raw, what).pids)[1]) for what in SPLITS if len(getattr(raw, what))}
+    most = max((int(counts.max()) for counts in per_pid.values()), default=1)
+    bins = np.linspace(0.5, most + 0.5, min(most, 60) + 1)
     for what in SPLITS:
         split: Split = getattr(raw, what)
         if len(split) == 0:
@@ -61,18 +65,20 @@ def draw_distributions(file: Path, raw: RawDataset, files: Examined) -> None:
         _, pids = dense(split.pids)
         cameras, camids = dense(split.cameras)
         pairs, _ = dense(pids * len(cameras) + camids)
-        axes[0, 0].hist(np.bincount(pids), bins=40, histtype="step", label=what)
+        axes[0, 0].hist(per_pid[what], bins=bins, histtype="step", label=what)
         axes[0, 1].hist(
             np.bincount(pairs // len(cameras)), bins=np.arange(len(cameras) + 2) - 0.5, histtype="step", label=what
         )
-        axes[1, 0].step(np.arange(len(cameras)), np.bincount(camids), where="mid", label=what)
+        axes[1, 0].plot(np.arange(len(cameras)), np.bincount(camids), "o-", label=what)
     sizes = files.sizes[files.sizes[:, 0] > 0]
+    bins = np.linspace(0, 1.05 * sizes.max(initial=1), 60)
     for column, name in enumerate(("height", "width")):
-        axes[1, 1].hist(sizes[:, column], bins=60, histtype="step", label=name)
+        axes[1, 1].hist(sizes[:, column], bins=bins, histtype="step", label=name)
     labels = ("images an identity", "cameras an identity", "camera, in sorted order", "pixels")
     for axis, label, what in zip(axes.flat, labels, ("identities", "identities", "images", "images"), strict=True):
         axis.set_xlabel(label)
         axis.set_ylabel(what)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axis.has_data():
             axis.legend()
     axes[0, 0].set_yscale("log")

@@ -15,7 +15,10 @@ from ..split import Split
 
 T = TypeVar("T")
 
-ENDINGS = (".jpg", ".jpeg", ".png")
+# Every ending that pictures go by: one of another format than `decode.FORMATS` is to be named, not to be passed over.
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic",
+)  # fmt: skip
 BLOCK = 1 << 16  # names that are Python objects at a time
 UNPARSED = np.iinfo(np.int64).min
 
@@ -86,7 +89,8 @@ def read_named(
 ) -> tuple[Split, list[str]]:
     """(images of root/folder, files that the pattern does not match); root is the data set's folder.
 
-    pattern: matched against the name alone, from its beginning; groups 1 and 2 are pid and camera. Cameras count from 1
+    pattern: matched against the name alone, from its beginning; groups 1 and 2 are pid and camera, of at most 18
+    digits, which an int64 holds. Cameras count from 1
     in names and from 0 here. junk_pid: a pid that is left out.
     """
     if not (root / folder).is_dir():

@@ -12,6 +12,7 @@ from .files import Options, RawDataset, in_blocks, is_image
 from .manifest import SPLITS, assemble, no_parts
 
 Row = tuple[bytes, bytes, bytes]  # path below root, pid, camera or b""
+HIDDEN = (".", "@eaDir", "__MACOSX")  # folders that file managers, NAS boxes and archivers leave behind begin so
 
 
 def read_folder(root: Path, _options: Options) -> RawDataset:
@@ -29,17 +30,22 @@ def read_folder(root: Path, _options: Options) -> RawDataset:
             found = sorted((entry.name, entry.is_dir()) for entry in entries)
         stray = [name for name, is_folder in found if not is_folder and is_image(name)]
         unparsed += [f"{split}/{name}: in no identity's folder" for name in stray]
-        pids = [name for name, is_folder in found if is_folder and not name.startswith(".")]
-        for block in in_blocks(images_of(root, split, pids)):
+        pids = [name for name, is_folder in found if is_folder and not name.startswith(HIDDEN)]
+        for block in in_blocks(images_of(root, split, pids, unparsed)):
             for column, values in zip(("path", "pid", "camid"), zip(*block, strict=True), strict=True):
                 parts[split][column].append(np.array(values, dtype=bytes))
     return assemble(parts, (str(root),), unparsed)
 
 
-def images_of(root: Path, split: str, pids: list[str]) -> Iterator[Row]:
+def images_of(root: Path, split: str, pids: list[str], unparsed: list[str]) -> Iterator[Row]:
+    """The images of a split, in sorted order; folders in an identity's folder are added to `unparsed`."""
     for pid in pids:
         with os.scandir(root / split / pid) as entries:
-            names = sorted(entry.name for entry in entries if is_image(entry.name))
-        for name in names:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+        for name, is_folder in found:
+            if is_folder and not name.startswith(HIDDEN):
+                unparsed.append(f"{split}/{pid}/{name}: a folder in an identity's folder")
+            if is_folder or not is_image(name):
+                continue
             camera, underscore, _ = name.partition("_")
             yield os.fsencode(f"{split}/{pid}/{name}"), os.fsencode(pid), os.fsencode(camera if underscore else "")

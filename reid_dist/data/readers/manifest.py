@@ -36,9 +36,8 @@ def read_manifest(root: Path, options: Options) -> RawDataset:
     for block in read_blocks(file):
         paths, reasons = below_root(block["path"], root)
         reasons[block["pid"] == b""] = "no pid"
-        reasons[~np.isin(block["split"], [split.encode() for split in SPLITS])] = (
-            "split is none of train, query, gallery"
-        )
+        for i in np.flatnonzero(~np.isin(block["split"], [split.encode() for split in SPLITS])).tolist():
+            reasons[i] = f"split {os.fsdecode(bytes(block['split'][i]))!r}; expected train, query or gallery"
         good = reasons == ""
         for i in np.flatnonzero(~good).tolist():
             unparsed.append(f"{file.name} row {row + i}: {os.fsdecode(bytes(block['path'][i]))}: {reasons[i]}")
@@ -140,6 +139,10 @@ def read_blocks(file: Path) -> Iterator[Block]:
 
 
 def read_header(file: Path) -> list[str]:
+    with file.open("rb") as stream:
+        beginning = stream.read(1024)
+    if b"\0" in beginning:
+        raise ValueError(f"{file}: it begins with {beginning[:16]!r}; expected CSV, as text in UTF-8")
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
         header = [name.strip() for name in next(csv.reader(stream), [])]
     check_columns(file, header)
