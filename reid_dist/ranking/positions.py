@@ -8,7 +8,7 @@ known from the labels, on the host, so nothing in the loop waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -52,30 +52,37 @@ class Ranked(NamedTuple):
         return self.ap[order], self.inp[order], self.first[order]
 
 
+class Tile(NamedTuple):
+    """This rank's tile of one chunk: (C, n) products, their order, and the (row, column, number) of its true matches.
+
+    Junk lies at the end of every row.
+    """
+
+    part: Chunk
+    products: torch.Tensor
+    order: Order
+    rows: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+
+
+TileOf = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, Order]]
+
+
 def rank_matches(  # all ranks
-    query: Features,
-    mine: Shard,
-    sides: Sides,
-    chunk: int | None,
-    tile_of: Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, Order]] | None = None,
-    observe: Callable[[torch.Tensor, Order, slice, torch.Tensor, torch.Tensor], None] | None = None,
+    query: Features, mine: Shard, sides: Sides, chunk: int | None, tile_of: TileOf | None = None
 ) -> Ranked:
     """AP, INP and the first match's position of every query. Of `sides` the numbers of rows count alone.
 
-    tile_of: makes a tile from (features, buffer, places) in place of mine.tile. observe: sees every tile with its
-    order, its queries' places and the (row, number) of this rank's true matches in it.
+    tile_of: makes a tile from (features, buffer, places) in place of mine.tile.
     """
     labels = query_labels(query)
     valid = mine.matching.num_valid(labels)
     totals = dist.all_sum(torch.from_numpy(valid.copy()).to(mine.device)).cpu().numpy()
-    if chunk is None:
-        row_bytes = max(max(sides.num_gallery) * mine.dtype.itemsize, int(totals.max()) * MATCH_BYTES)
-        chunk = max(1, TILE_BYTES // row_bytes)
-    chunks = split(sides.num_query, chunk)
+    chunks = chunks_of(sides, mine, chunk, int(totals.max()))
     local = torch.tensor([valid[c.places].sum() for c in chunks], device=mine.device)
     sizes = dist.all_gather_rows(local).view(-1, len(chunks)).T.tolist()  # matches in a chunk, on a rank
 
-    buffer = mine.new_buffer(max(len(c.rows) for c in chunks))
     found = Ranked(labels.indices, np.empty(len(totals)), np.empty(len(totals)), np.empty(len(totals), np.int64))
     counted: list[tuple[slice, Ints, torch.Tensor]] = []
 
@@ -87,21 +94,35 @@ def rank_matches(  # all ranks
             found.first[places] = metrics.first_hits(ranks, offsets)
         counted.clear()
 
-    for part, num_matches in zip(chunks, sizes, strict=True):
-        here = labels.take(part.places)
-        feats = broadcast_rows(query.feats, part, mine)
-        tile, order = tile_of(feats, buffer, part.places) if tile_of else mine.tile(feats, buffer)
-        rows, columns = own_matches(mine, tile, order, here)
-        values = order.of(tile[rows, columns], columns)
-        if observe is not None:
-            observe(tile, order, part.places, rows, values)
-        matches = gather_matches(rows, values, mine.indices[columns], num_matches, totals[part.places])
-        before = counting.count_before(tile, order, mine.indices, matches)
-        counted.append((part.places, matches.offsets, dist.all_sum(before)))
+    for tile, num_matches in zip(each_tile(query, mine, labels, chunks, tile_of), sizes, strict=True):
+        places = tile.part.places
+        matches = gather_matches(tile.rows, tile.values, mine.indices[tile.columns], num_matches, totals[places])
+        before = counting.count_before(tile.products, tile.order, mine.indices, matches)
+        counted.append((places, matches.offsets, dist.all_sum(before)))
         if mine.device.type == "cpu":
             settle()  # a GPU would be waited for; the last chunk will do
     settle()
     return found
+
+
+def chunks_of(sides: Sides, mine: Shard, chunk: int | None, most_matches: int) -> list[Chunk]:
+    """All queries in chunks of at most `chunk`; None keeps tiles within TILE_BYTES. most_matches: of any query."""
+    if chunk is None:
+        row_bytes = max(max(sides.num_gallery) * mine.dtype.itemsize, most_matches * MATCH_BYTES)
+        chunk = max(1, TILE_BYTES // max(1, row_bytes))
+    return split(sides.num_query, chunk)
+
+
+def each_tile(  # all ranks
+    query: Features, mine: Shard, labels: Labels, chunks: list[Chunk], tile_of: TileOf | None = None
+) -> Iterator[Tile]:
+    """The chunks' tiles, one after the other, in one buffer. labels: those of all ranks' queries."""
+    buffer = mine.new_buffer(max(len(c.rows) for c in chunks))
+    for part in chunks:
+        feats = broadcast_rows(query.feats, part, mine)
+        tile, order = tile_of(feats, buffer, part.places) if tile_of else mine.tile(feats, buffer)
+        rows, columns = own_matches(mine, tile, order, labels.take(part.places))
+        yield Tile(part, tile, order, rows, columns, order.of(tile[rows, columns], columns))
 
 
 def split(num_query: list[int], chunk: int) -> list[Chunk]:
