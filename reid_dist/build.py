@@ -31,12 +31,18 @@ from .report import Reporter, clock
 from .share import once_per_node
 
 
-def read_command(parser: argparse.ArgumentParser, argv: list[str], world: dist.World) -> tuple[argparse.Namespace, Any]:
-    """(flags, frozen config) of a command line, checked and resolved. Raises ValueError with a line per mistake."""
+def read_command(
+    parser: argparse.ArgumentParser, argv: list[str], world: dist.World, trains: bool = True
+) -> tuple[argparse.Namespace, Any]:
+    """(flags, frozen config) of a command line, checked and resolved. Raises ValueError with a line per mistake.
+
+    trains: False where no training batch has to divide into ranks.
+    """
     args = parser.parse_intermixed_args(argv)
     cfg = load_config(args)
     cuda = torch.cuda.is_available()
-    check_config(cfg, getattr(args, "check", None) or world.world_size, cuda)
+    num_ranks = getattr(args, "check", None) or world.world_size
+    check_config(cfg, num_ranks if trains and not cfg.EVAL_MODE else 1, cuda)
     resolve(cfg, cuda)
     cfg.freeze()
     if args.gpu is not None and world.is_main:
@@ -103,10 +109,10 @@ def find_bad_images(cfg: Any, index: DatasetIndex, world: dist.World, trains: bo
 
 
 def read_same_command(
-    parser: argparse.ArgumentParser, argv: list[str], world: dist.World
+    parser: argparse.ArgumentParser, argv: list[str], world: dist.World, trains: bool = True
 ) -> tuple[argparse.Namespace, Any]:  # all ranks
     """`read_command`, agreed on: a node with another YAML file, or without DALI, is an error of all."""
-    args, cfg = dist.agreed(read_command, parser, argv, world)
+    args, cfg = dist.agreed(read_command, parser, argv, world, trains)
     own = {k: v for k, v in flatten(cfg).items() if k not in ("DATA.ROOT", "OUTPUT")}
     dist.agreed(compare_configs, dist.gather_objects(own))
     return args, cfg

@@ -205,6 +205,12 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
     steps = cfg.TRAIN.LR_SCHEDULER.STEPSIZE
     if any(b <= a for a, b in zip([0, *steps], steps, strict=False)):
         errors.append(f"TRAIN.LR_SCHEDULER.STEPSIZE {steps}: expected rising epochs, from 1 on")
+    if not cfg.TEST.RERANK_LAMBDA <= 1:
+        errors.append(f"TEST.RERANK_LAMBDA {cfg.TEST.RERANK_LAMBDA}: expected a share, 0 to 1")
+    if cfg.TEST.PRECISION == "fp16" and not cuda:
+        errors.append("TEST.PRECISION 'fp16': expected bf16 or fp32 on a machine without a GPU")
+    if cfg.TEST.PRECISION and cfg.TRAIN.PRECISION == "fp64":
+        errors.append(f"TEST.PRECISION {cfg.TEST.PRECISION!r} with TRAIN.PRECISION 'fp64': expected ''")
     if not cfg.TRAIN.EMA < 1:
         errors.append(f"TRAIN.EMA {cfg.TRAIN.EMA}: expected less than 1, such as 0.999, or 0 for none")
     cosine = cfg.TRAIN.LR_SCHEDULER

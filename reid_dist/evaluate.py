@@ -1,12 +1,15 @@
 """Evaluation: extract the test images on all ranks, rank them, print and write the table.
 
 python -m reid_dist.evaluate --cfg configs/res50_ce_triplet.yaml --weights runs/.../best.pt --root DATA
+python -m reid_dist.evaluate --features-query q.npz --features-gallery g.npz     # features made elsewhere
+torchrun --nproc_per_node=4 -m reid_dist.evaluate ...                            # either, on 4 ranks
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +25,28 @@ from .details import add_activation_maps, evaluation_details
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
 from .models import ReIDModel
 from .models.weights import fill, read_weights
+from .ranking import expansion, rerank
+from .ranking.further import Further, Names, Wanted, block_of, evaluate_further
+from .ranking.pair import Side, read_pair
 from .report import PageBuilder, Reporter, draw_ranked_lists, result_numbers, table
-from .step import AUTOCAST
+from .share import once_per_node
+from .step import AUTOCAST as HALF
 from .summary import after_evaluation
 
 SHOWN_QUERIES = 12
 SHOWN_ANSWERS = 10
+# Repeats where a test set's protocol has one gallery image of each identity.
+SINGLE_SHOTS = 100
 
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
-    args, cfg = read_same_command(command_line(), argv, world)
+    args, cfg = read_same_command(command_line(), argv, world, trains=False)
+    if args.features_query or args.features_gallery:
+        dist.agreed(check_features_flags, args)
+        evaluate_files(args.features_query, args.features_gallery, cfg, world)
+        return
+    if args.weights is None:
+        dist.fail("command line: expected --weights FILE, or --features-query FILE with --features-gallery FILE")
     index = read_index(cfg, world, trains=False)
     model = dist.agreed(build_network, cfg, index.num_pids, world)
     notes = dist.agreed(
@@ -54,22 +69,50 @@ def evaluate_once(
     results, details, picture = {}, [], ""
     for test in index.tests:
         result, query, gallery = evaluate(model, test, cfg, world, reporter)
-        results[test.label] = result
+        names = Names(test.query.pid_name, test.query.camid_name)
+        wanted = wanted_of(cfg, cfg.TEST.SINGLE_SHOT or SINGLE_SHOTS * test.single_shot)
+        further = evaluate_further(query, gallery, result, cfg.TEST.DISTANCE, wanted, names, evaluate_features)
+        results[test.label] = (test.name, result, further)
         picture = picture or show_ranked_lists(query, gallery, result, test, cfg, world, reporter)
         if cfg.REPORT.PAGE:
             details.append(evaluation_details(query, gallery, result, test, cfg.TEST.DISTANCE, cfg.SEED))
             details[-1] |= result_numbers(result)
             show_activation(details[-1], model, test, cfg, world)
-    reporter.say(table({label: vars(result) for label, result in results.items()}))
-    numbers = [result_numbers(result) for result in results.values()]
-    by_set = {test.name: row for test, row in zip(index.tests, numbers, strict=True)}
-    reporter.save_result(numbers[0] | {"tests": by_set}, "evaluation.json")
+    say_and_save(results, reporter)
     reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
     if details:
         reporter.show(details, {"by": "evaluation", "weights": weights or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED})
     reporter.close()
     for line in after_evaluation(cfg, weights):
         reporter.say(line)
+
+
+def wanted_of(cfg: Any, single_shot: int) -> Wanted:
+    t = cfg.TEST
+    return Wanted(
+        rerank=rerank.Settings(t.RERANK_K1, t.RERANK_K2, t.RERANK_LAMBDA) if t.RERANK else None,
+        expansion=expansion.Settings(t.EXPAND_K, t.EXPAND_ALPHA, t.EXPAND == "both") if t.EXPAND != "off" else None,
+        single_shot=single_shot,
+        seed=cfg.SEED,
+        details=t.DETAILS,
+    )
+
+
+def say_and_save(results: dict[str, tuple[str, EvalResult, Further]], reporter: Reporter) -> None:
+    """The table, what the details say, and evaluation.json. results: (name, result, further) by label."""
+    rows: dict[str, Any] = {}
+    for label, (_, result, further) in results.items():
+        rows |= {label: vars(result)} | {f"{label}, {name}": vars(row) for name, row in further.rows.items()}
+    reporter.say(table(rows))
+    by_set = {}
+    for label, (name, result, further) in results.items():
+        if len(results) > 1 and further.lines:
+            reporter.say(f"{label}:")
+        for line in further.lines:
+            reporter.say(line)
+        more = {block_of(row): result_numbers(found) | further.settings[row] for row, found in further.rows.items()}
+        by_set[name] = result_numbers(result) | more | further.blocks
+    reporter.save_result(next(iter(by_set.values())) | {"tests": by_set}, "evaluation.json")
 
 
 def evaluate(
@@ -86,9 +129,9 @@ def evaluate(
     }
     images = np.concatenate(list(mine.values()))
     batches = test_batches(test.path, images, **how_images_are_made(cfg, world))
-    autocast = AUTOCAST.get(cfg.TRAIN.PRECISION)
+    autocast, storage = HALF.get(cfg.TEST.PRECISION or cfg.TRAIN.PRECISION), HALF.get(cfg.TEST.FEATURE_DTYPE)
     with reporter.counting("extract", len(images)) as progress:
-        feats, rows = extract(model, batches, len(images), model.feature_dim, world.device, autocast, progress)
+        feats, rows = extract(model, batches, len(images), model.feature_dim, world.device, autocast, progress, storage)
 
     def part(split: Split, start: int) -> Features:
         here = (rows >= start) & (rows < start + len(split))
@@ -148,9 +191,44 @@ def show_ranked_lists(
     return str(file)
 
 
+def check_features_flags(args: argparse.Namespace) -> None:
+    if not args.features_query or not args.features_gallery:
+        raise ValueError("command line: expected --features-query and --features-gallery, both of them")
+    if args.weights:
+        raise ValueError(f"--weights {args.weights!r} with --features-query: expected one of them")
+
+
+def evaluate_files(query_file: str, gallery_file: str, cfg: Any, world: dist.World) -> None:  # all ranks
+    """Evaluates features that were made elsewhere; the table, and evaluation.json in OUTPUT/features/<query's name>."""
+    pair = once_per_node(lambda: read_pair(query_file, gallery_file))
+    query, gallery = (side_of(side, cfg, world) for side in (pair.query, pair.gallery))
+    label = Path(query_file).stem
+    reporter = Reporter(Path(cfg.OUTPUT) / "features" / label, world.is_main)
+    dist.agreed(reporter.make_folder)
+    result = dist.agreed(evaluate_features, query, gallery, cfg.TEST.DISTANCE)
+    if pair.query.camids is None:
+        reporter.say("note      no camera ids, so nothing is junk")
+    wanted = wanted_of(cfg, cfg.TEST.SINGLE_SHOT)
+    further = evaluate_further(query, gallery, result, cfg.TEST.DISTANCE, wanted, pair.names, evaluate_features)
+    say_and_save({label: (label, result, further)}, reporter)
+    reporter.say(f"numbers:      {reporter.folder / 'evaluation.json'}")
+
+
+def side_of(side: Side, cfg: Any, world: dist.World) -> Features:
+    """This rank's share of a file's rows, on its device."""
+    share = shard(len(side.feats), world.rank, world.world_size)
+    rows = slice(share.start, share.stop)
+    feats = torch.tensor(side.feats[rows], dtype=HALF.get(cfg.TEST.FEATURE_DTYPE), device=world.device)
+    pids = torch.tensor(side.pids[rows], device=world.device)
+    camids = None if side.camids is None else torch.tensor(side.camids[rows], device=world.device)
+    return Features(feats, pids, camids, torch.arange(share.start, share.stop, device=world.device))
+
+
 def command_line() -> argparse.ArgumentParser:
     p = parser("evaluate")
-    p.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or backbone weights")
+    p.add_argument("--weights", metavar="FILE", help="a checkpoint, or backbone weights")
+    p.add_argument("--features-query", metavar="FILE", help="query features, .npz or .parquet, in place of --weights")
+    p.add_argument("--features-gallery", metavar="FILE", help="gallery features, likewise")
     return p
 
 

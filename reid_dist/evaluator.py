@@ -45,17 +45,18 @@ def extract(
     device: torch.device,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    storage: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's (feats (num, feature_dim), indices (num,) int64) on `device`: f(image) + f(flipped image).
 
     model: unwrapped (a DDP wrapper would wait for ranks that have fewer batches); runs in eval mode, its training
     flags are restored. batches: (images (b, C, H, W), indices (b,)), `num` images in all; zero batches will do.
-    autocast: None, torch.bfloat16 or torch.float16. feats are float64 for a float64 model, else float32.
-    progress: called with b after each batch. Raises ValueError if the batches do not hold `num` images.
+    autocast: None, torch.bfloat16 or torch.float16. storage: the type of feats; None is float64 for a float64 model,
+    else float32. progress: called with b after each batch. Raises ValueError if the batches do not hold `num` images.
     """
     parameter = next(model.parameters(), None)
     dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-    feats = torch.empty(num, feature_dim, dtype=dtype, device=device)
+    feats = torch.empty(num, feature_dim, dtype=storage or dtype, device=device)
     indices = torch.empty(num, dtype=torch.int64, device=device)
     done = 0
     flags = [(module, module.training) for module in model.modules()]
@@ -68,8 +69,7 @@ def extract(
                 if end > num:
                     raise ValueError(f"extract: the batches hold more images than num={num}")
                 images = images.to(device, non_blocking=True)
-                feats[done:end] = model(images).to(dtype)
-                feats[done:end] += model(images.flip(3)).to(dtype)
+                feats[done:end] = model(images).to(dtype) + model(images.flip(3)).to(dtype)
                 indices[done:end] = batch_indices.to(device, non_blocking=True)
                 if progress is not None:
                     progress(end - done)

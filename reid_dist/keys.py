@@ -122,6 +122,20 @@ _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's dista
 _C.TEST.DATASETS = []  # data sets to evaluate on, a row each; the best checkpoint is chosen on the first; []: DATASET
 _C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
 _C.TEST.START_EVAL = 0  # no evaluation up to this epoch
+_C.TEST.PRECISION = ""  # of the network's arithmetic at test: fp32 | bf16 | fp16 (autocast) | '': TRAIN.PRECISION
+_C.TEST.FEATURE_DTYPE = ""  # what test features are kept in: fp16 | bf16 (half the memory) | '': as they are computed
+# The rest of TEST is for evaluation as a command (evaluate, train --eval), each a row of the table or a block of
+# evaluation.json; docs/evaluation.md
+_C.TEST.DETAILS = True  # ROC, mAP by camera pair, worst identities, queries of one identity and camera pooled
+_C.TEST.RERANK = False  # k-reciprocal re-ranking
+_C.TEST.RERANK_K1 = 20  # neighbours tried for reciprocity
+_C.TEST.RERANK_K2 = 6  # neighbours whose encodings are averaged
+_C.TEST.RERANK_LAMBDA = 0.3  # the original distance's share, 0 to 1
+_C.TEST.EXPAND = "off"  # alpha query expansion: off | query | both (query and gallery)
+_C.TEST.EXPAND_K = 10  # neighbours added to a feature
+_C.TEST.EXPAND_ALPHA = 3.0  # power of their cosines, which weigh them
+# Evaluations with one gallery image of each identity, drawn anew (SEED); 0: none, but 100 for CUHK03's classic splits
+_C.TEST.SINGLE_SHOT = 0
 _C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by
 
 _C.REPORT = CfgNode()
@@ -154,6 +168,8 @@ FREE_ON_RESUME = {
     "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
     "DIST.START_TIMEOUT_S", "DIST.TIMEOUT_S", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
     "WANDB.PICTURES", "WANDB.ARTIFACT", "TENSORBOARD", "REPORT.PAGE", "REPORT.ACTIVATION_MAPS",
+    "TEST.PRECISION", "TEST.FEATURE_DTYPE", "TEST.DETAILS", "TEST.RERANK", "TEST.RERANK_K1", "TEST.RERANK_K2",
+    "TEST.RERANK_LAMBDA", "TEST.EXPAND", "TEST.EXPAND_K", "TEST.EXPAND_ALPHA", "TEST.SINGLE_SHOT",
     "EVAL_MODE", "GPU", "OUTPUT", "TAG",
 }  # fmt: skip
 
@@ -173,6 +189,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "TRAIN.ON_NAN": ("error", "skip"),
     "TEST.BEST_METRIC": ("rank1", "mAP"),
     "TEST.DISTANCE": ("cosine", "euclidean"),
+    "TEST.PRECISION": ("", "fp32", "bf16", "fp16"),
+    "TEST.FEATURE_DTYPE": ("", "fp16", "bf16"),
+    "TEST.EXPAND": ("off", "query", "both"),
     "LOSS.PAIR_DISTANCE": ("", "cosine", "euclidean"),
     "WANDB.MODE": ("disabled", "offline", "online"),
 }
@@ -189,4 +208,6 @@ AT_LEAST: dict[str, float] = {
     "LOSS.CENTER_LR": 0.0, "TRAIN.FREEZE_STEPS": 0, "TRAIN.EMA": 0.0, "TRAIN.OPTIMIZER.BACKBONE_FACTOR": 0.0,
     "TRAIN.LR_SCHEDULER.FLAT_EPOCHS": 0, "TRAIN.LR_SCHEDULER.END_EPOCH": 0, "TRAIN.LR_SCHEDULER.END_LR": 0.0,
     "TRAIN.LR_SCHEDULER.WARMUP_STEPS": 0, "TRAIN.LR_SCHEDULER.WARMUP_FACTOR": 0.0, "SEED": 0,
+    "TEST.RERANK_K1": 1, "TEST.RERANK_K2": 1, "TEST.RERANK_LAMBDA": 0.0, "TEST.EXPAND_K": 1, "TEST.EXPAND_ALPHA": 0.0,
+    "TEST.SINGLE_SHOT": 0,
 }  # fmt: skip

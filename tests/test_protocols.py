@@ -12,10 +12,10 @@ from reid_dist.ranking.expansion import Settings, evaluate_expanded, expand
 from reid_dist.ranking.features import Labels
 from reid_dist.ranking.protocols import camera_pairs, draw, pool_queries, single_shot, worst_identities
 from tests.ranks import run_ranks
-from tests.test_metrics import Case, dense_distances, make_case, ranked, reference
+from tests.test_metrics import Case, dense_distances, make_case, reference
 from tests.test_rerank import clustered
 
-WORLD_SIZES = (1, 2, 3, 4)
+WORLD_SIZES = (1, 2, 3)
 
 
 def on_ranks(world_size: int, fn, cases: list) -> list:
@@ -257,23 +257,17 @@ def test_the_draw_is_uniform():
         first = [np.prod([(distances[i][rows] > distances[i][j]).mean() for rows in others]) for j in own]
         if len(own):
             expected.append(np.mean(first))
-    found = single_shot(case.features("q", 0, 1), case.features("g", 0, 1), repeats=400, seed=0)
-    spread = found.rank1.std() / 20
-    assert abs(found.mean.rank1 - np.mean(expected)) < 4 * spread < 0.1
-    again = single_shot(case.features("q", 0, 1), case.features("g", 0, 1), repeats=400, seed=1)
+    found = single_shot(case.features("q", 0, 1), case.features("g", 0, 1), repeats=150, seed=0)
+    spread = found.rank1.std() / 150**0.5
+    assert abs(found.mean.rank1 - np.mean(expected)) < 4 * spread < 0.15
+    again = single_shot(case.features("q", 0, 1), case.features("g", 0, 1), repeats=150, seed=1)
     assert again.rank1.tolist() != found.rank1.tolist()
     with pytest.raises(ValueError, match="repeats=0"):
         single_shot(case.features("q", 0, 1), case.features("g", 0, 1), repeats=0)
 
 
 def test_worst_identities_by_hand():
-    pids, ap = np.array([5, 3, 5, 9, 3, 7]), np.array([0.2, 0.5, 0.4, np.nan, 0.1, 0.3])
-    assert worst_identities(pids, ap, 2) == [(3, 0.3, 2), (5, pytest.approx(0.3), 2)]
+    pids, ap = np.array([5, 3, 5, 9, 3, 7]), np.array([0.25, 0.5, 0.75, np.nan, 0.25, 0.375])
+    assert worst_identities(pids, ap, 2) == [(3, 0.375, 2), (7, 0.375, 1)]
+    assert worst_identities(pids, ap)[2:] == [(5, 0.5, 2)]
     assert worst_identities(pids, np.full(6, np.nan)) == []
-
-
-def test_the_original_order_is_the_same_definition():
-    """`ranked`, which the references use, on a case by hand."""
-    case = Case(np.zeros((1, 1)), np.array([[2.0], [1.0], [1.0]]), np.zeros(1), np.array([0, 1, 0]), None, None)
-    order, match = ranked(case, dense_distances(case), 0)
-    assert order.tolist() == [1, 2, 0] and match.tolist() == [False, True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,6 +71,7 @@ def single_shot(  # all ranks
     one whose hash with the seed and the repeat is the smallest, so every number of ranks draws the same. Queries of
     one camera share their draws. Raises ValueError as `evaluate_features` does, and for fewer repeats than one.
     """
+    begin = time.perf_counter()
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; expected at least 1")
     sides = check(query, gallery, metric, None)
@@ -86,7 +88,8 @@ def single_shot(  # all ranks
             found = rank_subset(asked, gallery, chosen, sides, metric)
             for values, here in ((ap, found.ap), (inp, found.inp), (first, found.first)):
                 values[repeat, found.indices] = here
-    mean = metrics.summarise(ap.mean(0), inp.mean(0), first[0], sum(sides.num_gallery), 0.0)
+    seconds = max(dist.gather_objects(time.perf_counter() - begin))
+    mean = metrics.summarise(ap.mean(0), inp.mean(0), first[0], sum(sides.num_gallery), seconds)
     curves = np.stack([metrics.cmc_curve(one) for one in first])
     cmc = curves.mean(0)
     shares = {"cmc": cmc, "rank1": float(cmc[0]), "rank5": float(cmc[4]), "rank10": float(cmc[9])}
