@@ -223,10 +223,6 @@ def test(
                 events[f"{on.label}, epoch {epoch}, averaged weights"] = event
                 reporter.log(event)
     reporter.say(table(events))
-    if details:
-        reporter.show(details, {"step": state.step, "epoch": epoch, "by": "training"})
-        for one in details if cfg.WANDB.PICTURES else ():
-            reporter.send("ranked_lists", one, state.step)
     state.last_eval = state.step
     first, *others = events.values()  # the best checkpoint is chosen on the first
     if not state.best or first[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
@@ -234,6 +230,10 @@ def test(
     if picture:
         reporter.save_result({"final": first | {"others": others}, "best": state.best, "steps": state.step})
         reporter.say(f"ranked lists: {picture}")
+    if details:
+        reporter.show(details, {"step": state.step, "epoch": epoch, "by": "training"})
+        for one in details if cfg.WANDB.PICTURES else ():
+            reporter.send("ranked_lists", one, state.step)
     if saves(cfg):
         watchdog.at("save")
         saver.save(parts, state)

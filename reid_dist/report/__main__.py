@@ -9,23 +9,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..failure import print_error
+from .comparison import write_comparison
 from .page import write_page
+from .results import write_table
 from .run import read_run
 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, or 2 after a user's error."""
     p = argparse.ArgumentParser(prog="python -m reid_dist.report", description=(__doc__ or "").partition("\n")[0])
-    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, such as runs/market1501/mine")
-    p.add_argument("--out", metavar="FILE", help="the comparison of several runs (comparison.html), or the table")
-    p.add_argument("--table", action="store_true", help="fill the table of results (docs/results.md) with these runs")
+    p.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, such as runs/market1501/mine")
+    p.add_argument("--table", action="store_true", help="fill the table of results with these runs (none: empty it)")
+    p.add_argument("--out", metavar="FILE", help="of the comparison (comparison.html) or the table (docs/results.md)")
     args = p.parse_args(argv)
+    if not args.runs and not args.table:
+        p.error("expected a RUN, the folder of a run")
     try:
         runs = [read_run(folder) for folder in args.runs]
-        for run in [] if args.table else runs:
-            print(f"page       {write_page(run)}")
+        if args.table:
+            print(f"table       {write_table(runs, Path(args.out or 'docs/results.md'))}")
+            return 0
+        for run in runs:
+            print(f"page        {write_page(run)}")
+        if len(runs) > 1:
+            print(f"comparison  {write_comparison(runs, Path(args.out or 'comparison.html'))}")
     except (ValueError, OSError) as error:
         print_error(str(error))
         return 2

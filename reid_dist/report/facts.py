@@ -50,7 +50,7 @@ def software() -> dict[str, Any]:
 def command() -> str:
     """How this process was started, as one would type it."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = ["python", "-m", spec.name] if spec is not None else ["python", sys.argv[0]]
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else ["python", sys.argv[0]]
     return shlex.join([*program, *sys.argv[1:]])
 
 
