@@ -14,7 +14,7 @@ _C = CfgNode()
 
 _C.DATA = CfgNode()
 _C.DATA.ROOT = ""  # folder that holds the data set (or is it); several: one for all, or NAME=FOLDER,NAME=FOLDER
-_C.DATA.DATASET = "market1501"  # a name of reid_dist.data.index.DATASETS, or several joined by +: trains on their union
+_C.DATA.DATASET = "market1501"  # which data set, or several joined by +: trains on their union
 _C.DATA.MANIFEST = ""  # data set csv: the table below ROOT; '': manifest.csv or manifest.parquet
 _C.DATA.MSMT17_VAL = False  # MSMT17: list_val is trained on too (32,621 images instead of 30,248)
 _C.DATA.SPLIT_ID = 0  # CUHK03: which of the classic splits
@@ -23,8 +23,8 @@ _C.DATA.CUHK03_CLASSIC_SPLIT = False  # CUHK03: the 20 classic splits instead of
 _C.DATA.ON_BAD_IMAGE = "error"  # an image that cannot be decoded: error | skip: train and evaluate without it
 _C.DATA.VAL_IDS = 0  # training identities held out, to choose the best checkpoint on instead of on the test set
 _C.DATA.NUM_WORKERS = 4  # threads (dali) or processes (torch) that prepare images, per rank
-_C.DATA.HEIGHT = 256  # pixels
-_C.DATA.WIDTH = 128  # pixels
+_C.DATA.HEIGHT = 256  # of the network's input, pixels
+_C.DATA.WIDTH = 128  # of the network's input, pixels
 _C.DATA.TRAIN_BATCH = 64  # images of the global batch, over all ranks
 _C.DATA.TEST_BATCH = 512  # images per rank at test
 _C.DATA.NUM_INSTANCES = 4  # K: images of an identity in a batch
@@ -47,23 +47,23 @@ _C.AUG.PAD = (
     0  # pixels of black border, of which a random part of the image's size is cut (10 in Bag of Tricks); 0: off
 )
 _C.AUG.AA_PROB = 0.0  # probability of AutoAugment's ImageNet policy (0.1 in fast-reid)
-_C.AUG.CJ_PROB = 0.0  # probability of colour jitter; the amounts below are fast-reid's:
-_C.AUG.CJ_BRIGHTNESS = 0.15  # factors within 1 +- this
-_C.AUG.CJ_CONTRAST = 0.15
-_C.AUG.CJ_SATURATION = 0.1
+_C.AUG.CJ_PROB = 0.0  # probability of colour jitter; the amounts below are fast-reid's
+_C.AUG.CJ_BRIGHTNESS = 0.15  # factor within 1 +- this
+_C.AUG.CJ_CONTRAST = 0.15  # likewise
+_C.AUG.CJ_SATURATION = 0.1  # likewise
 _C.AUG.CJ_HUE = 0.1  # turns of the colour circle, at most 0.5
 _C.AUG.BLUR_PROB = 0.0  # probability of Gaussian blur
 _C.AUG.BLUR_SIGMA = 2.0  # its largest deviation in pixels, at most 10; the smallest is 0.1
 _C.AUG.GREY_PROB = 0.0  # probability of a grey patch: the colour is taken from a rectangle as random erasing draws it
 
 _C.MODEL = CfgNode()
-_C.MODEL.NAME = "resnet50"  # a name of reid_dist.models.MODELS, or timm/<name>
+_C.MODEL.NAME = "resnet50"  # which network; timm/<name>: any of timm's
 _C.MODEL.RES4_STRIDE = 1  # stride of ResNet's last stage: 1 or 2
 _C.MODEL.IANET = CfgNode()
 _C.MODEL.IANET.VARIANT = "released"  # ianet's attention: released (the authors' code) | normalised (docs/networks.md)
 _C.MODEL.FEATURE_DIM = 2048  # width of the feature; must equal the network's
 _C.MODEL.HEAD = "simple"  # simple: one feature, after the batch norm; bnneck: the pair loss takes the one before it
-_C.MODEL.POOL = "avg"  # avg | gem | max+avg
+_C.MODEL.POOL = "avg"  # of the network's map to a feature: avg | gem | max+avg
 _C.MODEL.EMBED_DIM = 0  # width of a linear layer before the batch norm, and of the feature then; 0: none
 _C.MODEL.NON_LOCAL = False  # non-local blocks in a ResNet-50's layer2 and layer3, as AGW
 _C.MODEL.RESUME = ""  # like --resume: auto, or a checkpoint
@@ -87,7 +87,7 @@ _C.LOSS.GATHER = True  # pairs over the global batch; False: each rank alone, ou
 
 _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0  # epochs taken as done at the start of a fresh run
-_C.TRAIN.MAX_EPOCH = 60
+_C.TRAIN.MAX_EPOCH = 60  # epochs of the run
 _C.TRAIN.MAX_STEPS = 0  # stop (and evaluate) after so many steps since the run's beginning; 0: no limit
 _C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
 _C.TRAIN.MICRO_BATCH = (
@@ -103,19 +103,19 @@ _C.TRAIN.ON_NAN = "error"  # a step with a non-finite gradient is left out; erro
 _C.TRAIN.MAX_SKIPPED = 10  # ON_NAN skip: so many steps left out in a row are an error all the same
 _C.TRAIN.ALLOW_CHANGES = False  # resume although keys that define the mathematics differ from the checkpoint's
 _C.TRAIN.OPTIMIZER = CfgNode()
-_C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw | sgd (momentum 0.9, Nesterov)
-_C.TRAIN.OPTIMIZER.LR = 0.00035
+_C.TRAIN.OPTIMIZER.NAME = "adam"  # adam | adamw (decoupled weight decay) | sgd (momentum 0.9, Nesterov)
+_C.TRAIN.OPTIMIZER.LR = 0.00035  # learning rate; it belongs to the global batch, whatever the number of ranks
 _C.TRAIN.OPTIMIZER.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included
 _C.TRAIN.OPTIMIZER.BACKBONE_FACTOR = 1.0  # the backbone's learning rate over that of what is new behind it
 _C.TRAIN.LR_SCHEDULER = CfgNode()
-_C.TRAIN.LR_SCHEDULER.NAME = "step"  # step | cosine
+_C.TRAIN.LR_SCHEDULER.NAME = "step"  # of the learning rate: step | cosine
 _C.TRAIN.LR_SCHEDULER.STEPSIZE = [20, 40]  # step: epochs after which the rate is multiplied
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: by this
 _C.TRAIN.LR_SCHEDULER.FLAT_EPOCHS = 0  # cosine: epochs at the full rate before it falls
 _C.TRAIN.LR_SCHEDULER.END_EPOCH = 0  # cosine: the epoch at whose end END_LR is reached; 0: MAX_EPOCH
-_C.TRAIN.LR_SCHEDULER.END_LR = 0.0
+_C.TRAIN.LR_SCHEDULER.END_LR = 0.0  # cosine: the rate it falls to
 _C.TRAIN.LR_SCHEDULER.WARMUP_STEPS = 0  # steps over which the rate rises linearly to the schedule's
-_C.TRAIN.LR_SCHEDULER.WARMUP_FACTOR = 0.1  # from this part of it
+_C.TRAIN.LR_SCHEDULER.WARMUP_FACTOR = 0.1  # the part of it that the warm-up begins at
 
 _C.TEST = CfgNode()
 _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's distance
@@ -143,8 +143,8 @@ _C.REPORT.PAGE = True  # after each evaluation report/index.html is built, by a 
 _C.REPORT.ACTIVATION_MAPS = False  # the page shows where the network responds in the worst queries
 
 _C.WANDB = CfgNode()
-_C.WANDB.MODE = "disabled"  # disabled | offline | online
-_C.WANDB.PROJECT = "reid_dist"
+_C.WANDB.MODE = "disabled"  # metrics to wandb: disabled | offline (files to send later) | online
+_C.WANDB.PROJECT = "reid_dist"  # the project that wandb files the run under
 _C.WANDB.PICTURES = False  # after each evaluation a table of ranked lists with their images
 _C.WANDB.ARTIFACT = False  # at the end best.pt is uploaded as a model artifact
 
@@ -158,7 +158,7 @@ _C.SEED = 0  # of the epoch plan and of the initial weights
 _C.EVAL_MODE = False  # like --eval: evaluate only
 _C.GPU = "0"  # no meaning here: CUDA_VISIBLE_DEVICES and --nproc_per_node decide
 _C.OUTPUT = ""  # a run is written to OUTPUT/DATASET/TAG; '' is ./runs
-_C.TAG = "res50-ce-tri"
+_C.TAG = "res50-ce-tri"  # name of the run, the last part of its folder
 
 # Keys that may change when a run is resumed, because they do not enter the arithmetic of a training step.
 FREE_ON_RESUME = {
