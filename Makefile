@@ -1,10 +1,10 @@
-# make demo, make test, make lint: each sets up .venv first where it is missing.
+# make demo, make test, make lint, make docs: each sets up .venv first where it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages in build/docs; --strict: a link that leads nowhere is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "pages: $(CURDIR)/build/docs/index.html ($(BIN)/mkdocs serve shows them with search)"
 
 clean:
 	rm -rf $(DEMO)

@@ -55,7 +55,7 @@ def page() -> str:
     if silent:
         raise ValueError(f"reid_dist/keys.py: no comment says what {', '.join(silent)} means")
     lines = [HEAD]
-    for section, names in groupby(defaults, key=lambda name: name.split(".")[0] if "." in name else "The run"):
+    for section, names in groupby(sorted(defaults, key=place), key=section_of):
         lines += [f"## {section}", "", "| key | default | values | meaning | resume |", "|---|---|---|---|---|"]
         for key in names:
             free = "yes" if key in keys.FREE_ON_RESUME else "no"
@@ -69,6 +69,16 @@ def page() -> str:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def section_of(key: str) -> str:
+    return key.split(".")[0] if "." in key else "The run"
+
+
+def place(key: str) -> tuple[int, int]:
+    """Where a key stands in the page: as in keys.py, those of the run itself last."""
+    sections = list(keys._C)
+    return ("." not in key, sections.index(key.split(".")[0]))
 
 
 def read_meanings(source: str) -> dict[str, str]:

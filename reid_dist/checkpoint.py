@@ -23,6 +23,10 @@ from .files import write_atomic
 
 FORMAT = 2
 NAME = re.compile(r"step_(\d{9})\.pt")
+FOREIGN = (
+    "not a checkpoint of reid_dist, so there is no state to go on from; MODEL.PRETRAINED FILE starts from weights of "
+    "other code, --eval evaluates them"
+)
 
 
 def write(folder: Path, state: dict[str, Any], keep: int, best: bool = False) -> Path:  # rank 0 only
@@ -143,14 +147,14 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"--resume {str(path)!r}: expected auto or an existing checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--resume {str(path)!r}: not a checkpoint of reid_dist ({reason})") from None
+    except pickle.UnpicklingError:  # it wants more than tensors: whatever it is, none of ours
+        raise ValueError(f"--resume {str(path)!r}: {FOREIGN}") from None
     except Exception as error:  # noqa: BLE001 - torch raises anything from EOFError to KeyError on a file that is none
         raise ValueError(f"--resume {str(path)!r}: not a whole checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = f", not {state['format']!r}" if isinstance(state, dict) and "format" in state else ""
-        raise ValueError(f"--resume {str(path)!r}: expected a checkpoint of reid_dist, format {FORMAT}{found}")
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"--resume {str(path)!r}: {FOREIGN}")
+    if state["format"] != FORMAT:
+        raise ValueError(f"--resume {str(path)!r}: expected a checkpoint of format {FORMAT}, not {state['format']!r}")
     if state["checksum"] != digest(state):
         raise ValueError(f"--resume {str(path)!r}: not a whole checkpoint (its checksum is another)")
     return state

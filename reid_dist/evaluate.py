@@ -48,11 +48,14 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if args.weights is None:
         dist.fail("command line: expected --weights FILE, or --features-query FILE with --features-gallery FILE")
     index = read_index(cfg, world, trains=False)
+    evaluate_file(args.weights, "--weights", index, cfg, world)
+
+
+def evaluate_file(path: str, flag: str, index: DatasetIndex, cfg: Any, world: dist.World) -> None:  # all ranks
+    """Evaluates the weights in a file, of this code or another; `flag` is what named it."""
     model = dist.agreed(build_network, cfg, index.num_pids, world)
-    notes = dist.agreed(
-        lambda: fill(model, read_weights(args.weights, "--weights"), f"--weights {args.weights!r}", whole=True)
-    )
-    evaluate_once(model, index, cfg, world, notes, args.weights)
+    notes = dist.agreed(lambda: fill(model, read_weights(path, flag), f"{flag} {path!r}", whole=True))
+    evaluate_once(model, index, cfg, world, notes, path)
 
 
 def evaluate_once(

@@ -22,7 +22,7 @@ from .config import flatten, parser, read_yaml, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
 from .details import evaluation_details
-from .evaluate import evaluate, evaluate_once, show_activation, show_ranked_lists
+from .evaluate import evaluate, evaluate_file, evaluate_once, show_activation, show_ranked_lists
 from .finite import finite_or_none, settle
 from .models import ReIDModel
 from .models.batch_norm import batch_norms
@@ -68,6 +68,9 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     dist.agreed(check_restarts, cfg, dict(os.environ))
     dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
     index = read_index(cfg, world, trains=not cfg.EVAL_MODE)
+    if cfg.EVAL_MODE and cfg.MODEL.RESUME not in ("", "auto"):
+        evaluate_file(cfg.MODEL.RESUME, "--resume", index, cfg, world)
+        return
     plan = dist.agreed(build_plan, cfg, index)
     saved, notes = dist.agreed(find_checkpoint, cfg, index)
     dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))

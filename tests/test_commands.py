@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.runs import PLAIN, SMALL, TINY, arguments, losses_of, run
 
@@ -53,6 +54,11 @@ def test_evaluate_repeats_the_last_evaluation(pedestrians, tmp_path):
     call(sys.executable, "-m", "reid_dist.train", *config, "--eval", "--resume", "auto")
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["mAP"] == pytest.approx(trained["mAP"], abs=1e-9)
+    weights = tmp_path / "weights.pth"  # of another code, as --resume FILE --eval takes them in Simple-ReID
+    torch.save({"state_dict": torch.load(best)["model"], "rank1": np.float64(0.9)}, weights)
+    call(sys.executable, "-m", "reid_dist.train", *config, "--eval", "--resume", weights, "--tag", "other")
+    other = json.loads((tmp_path / "market1501/other/evaluation.json").read_text())
+    assert other["mAP"] == pytest.approx(trained["mAP"], abs=1e-9)
     assert len([e for e in read(folder) if e["event"] == "eval"]) == 1  # evaluating writes nothing into the run's log
 
 
