@@ -25,7 +25,7 @@ PAGES = sorted(str(p) for p in [*Path().glob("*.md"), *Path("docs").glob("*.md")
 FENCE = re.compile(r"^( *)```(\w*)(?: title=\"([^\"]*)\")?[^\n]*\n(.*?)^\1```", re.M | re.S)
 TOOLS = ("python", "torchrun", "make", "sbatch", "docker", "pip", "launch/", "mkdocs")
 INLINE = re.compile(rf"`((?:{'|'.join(TOOLS)})[ a-z][^`\n]*(?:\n[^`\n]+)?)`")
-FAST = "MODEL.PRETRAINED= DATA.HEIGHT=32 DATA.WIDTH=16 DATA.NUM_WORKERS=0 DATA.TEST_BATCH=50 DATA.PIPELINE=torch"
+FAST = "MODEL.PRETRAINED= DATA.HEIGHT=32 DATA.WIDTH=16 DATA.NUM_WORKERS=0 DATA.PIPELINE=torch REPORT.PAGE=false"
 SMALL_TRAINING = f"{FAST} MODEL.NAME=tiny MODEL.FEATURE_DIM=128 DATA.TRAIN_BATCH=16 MODEL.BN_GROUP=8 TRAIN.LOG_STEP=1"
 TIMEOUT_S = 60
 
