@@ -25,6 +25,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/hadolint docker/Dockerfile
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

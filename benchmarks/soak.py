@@ -14,13 +14,14 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,24 +45,19 @@ class Launch(Protocol):
 
 
 class Torchrun:
-    """torchrun on this machine."""
+    """torchrun on this machine; module: what its ranks run; flags: more of torchrun's."""
 
-    def __init__(self, world_size: int, argv: list[str]):
+    def __init__(self, world_size: int, argv: list[str], module: str = "reid_dist.train", flags: Sequence[str] = ()):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 - read after the end
         self.process = subprocess.Popen(
-            [*command, "-m", "reid_dist.train", *argv], env=env, stdout=self.output, stderr=subprocess.STDOUT
+            [*command, *flags, "-m", module, *argv], env=env, stdout=self.output, stderr=subprocess.STDOUT
         )
         self.seen: set[int] = set()
 
     def ranks(self) -> list[int]:
-        pid = self.process.pid
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            return []
-        workers = [int(c) for c in children if b"reid_dist.train" in read_command(int(c))]
+        workers = workers_of(self.process.pid)
         self.seen.update(workers)
         return workers
 
@@ -81,8 +77,18 @@ class Torchrun:
         return code
 
     def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
+        """What has been printed so far."""
+        number = self.output.fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace")
+
+
+def workers_of(agent: int) -> list[int]:
+    """The process ids of the ranks that a torchrun has started."""
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(c) for c in children if re.search(rb"reid_dist\.train|benchmarks\.faults", read_command(int(c)))]
 
 
 def read_command(pid: int) -> bytes:

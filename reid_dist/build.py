@@ -42,7 +42,7 @@ def read_command(
     cfg = load_config(args)
     cuda = torch.cuda.is_available()
     num_ranks = getattr(args, "check", None) or world.world_size
-    check_config(cfg, num_ranks if trains and not cfg.EVAL_MODE else 1, cuda)
+    check_config(cfg, num_ranks if trains and not cfg.EVAL_MODE else None, cuda)
     resolve(cfg, cuda)
     cfg.freeze()
     if args.gpu is not None and world.is_main:

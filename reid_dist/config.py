@@ -178,8 +178,11 @@ def coerce_list(value: Any, default: Sequence[Any]) -> list[Any]:
     raise ValueError("a list of names such as [market1501, msmt17]")
 
 
-def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
-    """Raises one ValueError with a line for every impossible value or combination: key, value, what was expected."""
+def check_config(cfg: CfgNode, world_size: int | None, cuda: bool) -> None:
+    """Raises one ValueError with a line for every impossible value or combination: key, value, what was expected.
+
+    world_size: of the ranks that are to train; None where nothing is trained, and no batch has to be shared out.
+    """
     from .data.augment import Augment
     from .data.index import DATASETS
     from .losses import CLASSIFICATION, PAIRWISE
@@ -236,7 +239,7 @@ def check_config(cfg: CfgNode, world_size: int, cuda: bool) -> None:
         errors.append("MODEL.CLASSIFIER_SHARDED True with LOSS.GATHER False: expected LOSS.GATHER True")
     if cfg.TRAIN.PRECISION == "fp16" and not cuda:
         errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
-    if not errors:
+    if not errors and world_size is not None:
         errors = check_batch(cfg, world_size)
     if errors:
         raise ValueError("\n".join(errors))

@@ -102,7 +102,7 @@ def load_model(
         raise ValueError(f"--ema with --weights {weights!r}: holds no averaged weights; expected a run with TRAIN.EMA")
     config = load_config(argparse.Namespace(cfg=cfg, opts=list(opts)), file.config)
     config.TRAIN.PRECISION = "fp32"
-    check_config(config, 1, torch.cuda.is_available())
+    check_config(config, None, torch.cuda.is_available())
     config.freeze()
     device = torch.device(device)
     model = build_network(config, 0, World(0, 0, 1, device))

@@ -78,13 +78,19 @@ class Saver:
             self.writer.check()
 
     def note_preemption(self, state: State) -> None:  # all ranks
-        """Once the checkpoint is complete: writes the file that tells a launcher to start the run again."""
+        """Once the checkpoint is complete: writes the file that tells a launcher to start the run again.
+
+        All ranks wait for it: a launcher that sees one of them end may kill the rest.
+        """
         self.finish()
+        dist.agreed(self._note_preemption, state.step)
+
+    def _note_preemption(self, step: int) -> None:
         if self.writer is not None:
             notice = preemption.notice
-            facts = {"step": state.step, "signal": notice.name, "seconds": round(time.time() - notice.at, 3)}
+            facts = {"step": step, "signal": notice.name, "seconds": round(time.time() - notice.at, 3)}
             if not notice.name:  # it came to another rank
-                facts = {"step": state.step}
+                facts = {"step": step}
             text = json.dumps(facts) + "\n"
             checkpoint.write_atomic(self.folder / preemption.FILE, lambda part: part.write_text(text))
 
@@ -138,7 +144,10 @@ def find_checkpoint(cfg: Any, index: DatasetIndex) -> tuple[dict[str, Any] | Non
 
     Raises ValueError when it belongs to other mathematics or other data.
     """
-    saved, notes = checkpoint.find(run_folder(cfg) / "checkpoints", cfg.MODEL.RESUME)
+    folder = run_folder(cfg) / "checkpoints"
+    saved, notes = checkpoint.find(folder, cfg.MODEL.RESUME)
+    if saved is None and cfg.MODEL.RESUME and cfg.EVAL_MODE:
+        raise ValueError(f"--eval --resume {cfg.MODEL.RESUME}: no checkpoint in {folder}; expected one to evaluate")
     if saved is None or cfg.TRAIN.ALLOW_CHANGES:
         return saved, notes
     errors = [f"--resume: {change}; expected the checkpoint's value" for change in changed_keys(saved["config"], cfg)]

@@ -37,3 +37,16 @@ def trained(pedestrians, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run(1, pedestrians, folder, f"{SMALL} {TINY} TRAIN.PRECISION fp32 TRAIN.MAX_STEPS 3 TRAIN.EMA 0.5")
     return folder / "market1501/t/checkpoints/best.pt"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many of the tests that start real clusters have run, and why the others have not."""
+
+    def reports(state):
+        return [r for r in terminalreporter.stats.get(state, []) if r.nodeid.startswith("tests/cluster/")]
+
+    ran, not_run = [*reports("passed"), *reports("failed")], reports("skipped")
+    if ran or not_run:
+        terminalreporter.write_line(f"cluster tests: {len(ran)} ran, {len(not_run)} not run")
+        for report in not_run:
+            terminalreporter.write_line(f"  {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")

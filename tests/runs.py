@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
-from reid_dist import train
+from reid_dist import checkpoint, train
 from reid_dist.models import MODELS, Backbone
 from tests import ranks
 from tests.ranks import run_ranks
@@ -42,11 +43,25 @@ def start(argv):
 def run(world_size, root, output, text, flags=()):
     """(train events, eval events) of a run on so many ranks."""
     run_ranks(world_size, start, [*flags, *arguments(root, output, text)], timeout_s=100)
-    [file] = Path(output).glob("*/t/metrics.jsonl")
-    lines = file.read_text().splitlines()
-    events = [json.loads(line) for line in lines]
+    events = read_events(output)
     return [e for e in events if e["event"] == "train"], [e for e in events if e["event"] == "eval"]
+
+
+def read_events(output):
+    """All lines of metrics.jsonl of the run below `output`."""
+    [file] = Path(output).glob("*/t/metrics.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def losses_of(events):
     return np.array([[e["loss_cla"], e["loss_pair"]] for e in events])
+
+
+def newest(folder):
+    """The newest checkpoint of the run below `folder`."""
+    return torch.load(checkpoint.list_steps(Path(folder) / "market1501/t/checkpoints")[-1], weights_only=True)
+
+
+def same_state(a, b):
+    """Whether two checkpoints are bitwise alike in what is trained."""
+    return all(checkpoint.digest({"": a[k]}) == checkpoint.digest({"": b[k]}) for k in ("step", "model", "optimizer"))

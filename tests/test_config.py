@@ -154,3 +154,10 @@ def test_what_may_change_on_resume():
 def test_the_parser_takes_pairs_between_flags():
     args = parser("train").parse_intermixed_args(["--root", "a", "SEED", "1", "--tag", "t", "GPU", "0"])
     assert isinstance(args, argparse.Namespace) and args.opts == ["SEED", "1", "GPU", "0"]
+
+
+def test_an_evaluation_shares_out_no_training_batch():
+    cfg = load("DATA.TRAIN_BATCH", "14", "MODEL.BN_GROUP", "5")
+    check_config(cfg, None, cuda=False)
+    with pytest.raises(ValueError, match=r"DATA\.TRAIN_BATCH 14"):
+        check_config(cfg, 3, cuda=False)

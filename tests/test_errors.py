@@ -40,6 +40,11 @@ BAD = {
     "no weights": ("good", f"{TINY} MODEL.PRETRAINED BASE/text.pth", r"text\.pth': not a file of weights"),
     "other weights": ("good", f"{TINY} MODEL.PRETRAINED BASE/resnet18.pth", r"weights of another architecture"),
     "no such weights": ("good", f"{TINY} MODEL.PRETRAINED imagenet", r"there are no such weights for MODEL.*tiny"),
+    "nothing to evaluate": (
+        "good",
+        f"{TINY} --eval --resume auto",
+        r"--eval --resume auto: no checkpoint in",
+    ),
     "too many identities": ("good", f"{TINY} DATA.TRAIN_BATCH 64 DATA.SAMPLER identity", r"4 identities"),
 }
 

@@ -20,15 +20,7 @@ from benchmarks import soak
 from reid_dist import checkpoint, dist, finite, step, train, watchdog
 from tests import ranks
 from tests.ranks import run_ranks, start_ranks
-from tests.runs import PLAIN, SMALL, TINY, arguments, losses_of, run, start
-
-
-def newest(folder):
-    return torch.load(checkpoint.list_steps(folder / "market1501/t/checkpoints")[-1], weights_only=True)
-
-
-def same_weights(a, b):
-    return all(checkpoint.digest({"": a[k]}) == checkpoint.digest({"": b[k]}) for k in ("step", "model", "optimizer"))
+from tests.runs import PLAIN, SMALL, TINY, arguments, losses_of, newest, run, same_state, start
 
 
 def start_with(action, argv):
@@ -75,7 +67,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_nothing_is_lost(
     assert newest(tmp_path / "b")["step"] == stopped
     resumed, _ = run(3, pedestrians, tmp_path / "b", f"{SMALL} {text} MODEL.RESUME auto")
     assert not note.exists() and [e["step"] for e in resumed] == list(range(1, 13))
-    assert same_weights(newest(tmp_path / "b"), newest(tmp_path / "straight"))
+    assert same_state(newest(tmp_path / "b"), newest(tmp_path / "straight"))
 
 
 @pytest.mark.ranks
@@ -342,7 +334,7 @@ def test_a_complete_run_says_so_and_changes_nothing(pedestrians, tmp_path, capfd
     run(1, pedestrians, tmp_path, f"{SMALL} {PLAIN} TRAIN.MAX_STEPS 3")
     before = newest(tmp_path)
     events, evals = run(2, pedestrians, tmp_path, f"{SMALL} {PLAIN} TRAIN.MAX_STEPS 3 MODEL.RESUME auto")
-    assert len(events) == 3 and len(evals) == 1 and same_weights(before, newest(tmp_path))
+    assert len(events) == 3 and len(evals) == 1 and same_state(before, newest(tmp_path))
     assert "the run is complete" in capfd.readouterr().out
 
 

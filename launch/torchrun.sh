@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains on this machine: a rank for each GPU that CUDA_VISIBLE_DEVICES leaves, or one rank on the CPU.
+#
+#   launch/torchrun.sh --cfg configs/res50_ce_triplet.yaml --root DATA
+#
+# RANKS=2         so many ranks instead
+# MAX_RESTARTS=3  a rank that dies is started again, from the newest checkpoint; needs --resume auto
+set -euo pipefail
+
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
+ranks=${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" -m reid_dist.train "$@"
