@@ -18,7 +18,7 @@ def calls_in(source):
 
 
 def faults_of(source):
-    """The calls that could run what a file or a config says."""
+    """The calls that could run what a file or a config says; a program with a list of arguments has no shell."""
     found = []
     for name, keywords in calls_in(source):
         last = name.split(".")[-1]
@@ -29,8 +29,10 @@ def faults_of(source):
         elif name.startswith("yaml."):
             bad = last not in ("safe_load", "safe_dump", "dump")
         else:
-            bad = name in ("eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "__import__")
-            bad = bad or name.startswith("subprocess.") or "shell" in keywords
+            bad = "shell" in keywords or name in (
+                *("eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+                *("pickle.load", "pickle.loads"),
+            )
         if bad:
             found.append(f"{name}({keywords})")
     return found
