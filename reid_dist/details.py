@@ -16,6 +16,8 @@ from .data.loader import test_batches
 from .data.split import Split
 from .evaluator import EvalResult, Features, RankedList, ranked_lists
 from .models import ReIDModel
+from .ranking.further import Names, describe_pairs
+from .ranking.protocols import camera_pairs, worst_identities
 
 SHOWN_QUERIES = 6  # of each kind
 SHOWN_ANSWERS = 10
@@ -24,13 +26,22 @@ SHOWN_PAIRS = 12
 
 
 def evaluation_details(
-    query: Features, gallery: Features, result: EvalResult, test: TestSet, metric: Any, seed: int
+    query: Features,
+    gallery: Features,
+    result: EvalResult,
+    test: TestSet,
+    metric: Any,
+    seed: int,
+    blocks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # all ranks
     """The details of an evaluation on `test`, the same on every rank.
 
     query, gallery: this rank's features; metric: TEST.DISTANCE; seed: of the choice of random queries, which is the
-    same at each evaluation, so that one can follow them.
+    same at each evaluation, so that one can follow them; blocks: what `evaluate_further` has found, None: mAP by camera
+    pair and the worst identities are found here.
     """
+    if blocks is None:
+        blocks = pairs_and_identities(query, gallery, result, test, metric)
     chosen = choose_queries(result.ap, seed)
     examined = worst_first(result.ap)[:EXAMINED_QUERIES].tolist()
     wanted = sorted({*examined, *(i for indices in chosen.values() for i in indices)})
@@ -47,6 +58,20 @@ def evaluation_details(
         "queries": {kind: [shown_query(found[i], result, test) for i in indices] for kind, indices in chosen.items()},
         "num_examined": len(examined),
         "confused": confused_pairs([found[i] for i in examined], test),
+        **blocks,
+    }
+
+
+def pairs_and_identities(
+    query: Features, gallery: Features, result: EvalResult, test: TestSet, metric: Any
+) -> dict[str, Any]:  # all ranks
+    """{'camera_pairs', 'worst_identities'} as in evaluation.json; for the cost of one more ranking."""
+    names = Names(test.query.pid_name, test.query.camid_name)
+    pairs = camera_pairs(query, gallery, metric)
+    worst = worst_identities(test.query.pids, result.ap)
+    return {
+        **({"camera_pairs": describe_pairs(pairs, names)} if pairs else {}),
+        "worst_identities": [{"pid": names.pid(pid), "mAP": value, "num_query": num} for pid, value, num in worst],
     }
 
 

@@ -28,10 +28,10 @@ from .models.weights import fill, read_weights
 from .ranking import expansion, rerank
 from .ranking.further import Further, Names, Wanted, block_of, evaluate_further
 from .ranking.pair import Side, read_pair
-from .report import PageBuilder, Reporter, draw_ranked_lists, result_numbers, table
+from .report import PageBuilder, Reporter, draw_ranked_lists, result_numbers, software, table
 from .share import once_per_node
 from .step import AUTOCAST as HALF
-from .summary import after_evaluation
+from .summary import after_evaluation, device_name
 
 SHOWN_QUERIES = 12
 SHOWN_ANSWERS = 10
@@ -78,13 +78,16 @@ def evaluate_once(
         results[test.label] = (test.name, result, further)
         picture = picture or show_ranked_lists(query, gallery, result, test, cfg, world, reporter)
         if cfg.REPORT.PAGE:
-            details.append(evaluation_details(query, gallery, result, test, cfg.TEST.DISTANCE, cfg.SEED))
-            details[-1] |= result_numbers(result)
+            found = evaluation_details(query, gallery, result, test, cfg.TEST.DISTANCE, cfg.SEED, further.blocks)
+            rows = {name: result_numbers(row) for name, row in further.rows.items()}
+            details.append(found | result_numbers(result) | {"rows": rows})
             show_activation(details[-1], model, test, cfg, world)
     say_and_save(results, reporter)
     reporter.say(f"ranked lists: {picture}\nnumbers:      {reporter.folder / 'evaluation.json'}")
     if details:
-        reporter.show(details, {"by": "evaluation", "weights": weights or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED})
+        start = {"world_size": world.world_size, "device": device_name(world)} | software()
+        weights_of = weights or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+        reporter.show(details, {"by": "evaluation", "weights": weights_of, "start": start})
     reporter.close()
     for line in after_evaluation(cfg, weights):
         reporter.say(line)

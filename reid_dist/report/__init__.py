@@ -5,7 +5,7 @@ Importing it needs no torch: `python -m reid_dist.report` and the page built bes
 
 from .background import PageBuilder
 from .console import METRICS, Reporter, clock, describe_best, draw_ranked_lists, eval_event, result_numbers, table
-from .facts import note_start
+from .facts import note_start, software
 from .run import PAGE
 from .services import new_run_id, open_services
 
@@ -22,5 +22,6 @@ __all__ = [
     "note_start",
     "open_services",
     "result_numbers",
+    "software",
     "table",
 ]

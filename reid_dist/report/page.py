@@ -107,9 +107,11 @@ def results(run: Run) -> str:
             rows.append([name, e["epoch"], e["step"], *(per_cent(e[m]) for m in METRICS), f"{e['seconds']:.2f}"])
     if run.details.get("by") == "evaluation":
         for d in run.details["sets"]:
-            rows.append(
-                [f"{d['label']}, evaluated later", "", "", *(per_cent(d[m]) for m in METRICS), f"{d['seconds']:.2f}"]
-            )
+            found = {f"{d['label']}, evaluated": d} | {
+                f"{d['label']}, {name}": r for name, r in d.get("rows", {}).items()
+            }
+            for name, r in found.items():
+                rows.append([name, "", "", *(per_cent(r[m]) for m in METRICS), f"{r['seconds']:.2f}"])
     if not rows:
         return "<p>No evaluation yet.</p>"
     columns = ["test set", "epoch", "step", *METRICS, "ranking, s"]
@@ -173,9 +175,14 @@ def evaluation(run: Run, details: dict[str, Any]) -> str:
         curves(f"CMC on {label}: queries with a match among the first k", [line], "k", percent=True),
         histogram(f"Average precision of the queries on {label}", np.array(details["ap"]), "AP", "queries"),
     ]
+    if roc := details.get("roc"):
+        rates = np.array([np.nan if v is None else v for v in roc["curve"]["tpr"]], np.float64)
+        line = Line("true positive rate", np.array(roc["curve"]["fpr"]), rates)
+        title = f"ROC on {label}: pairs of one identity that are accepted, by wrongly accepted pairs"
+        plots.append(curves(title, [line], "false positive rate", percent=True, x_log=True))
     return (
         f"<p>{escape(when)}; {escape(counts)}; distance: {escape(details['distance'])}.</p>"
-        f'<div class="plots">{"".join(plots)}</div>{camera_pairs(details)}'
+        f'<div class="plots">{"".join(plots)}</div>{camera_pairs(details)}{worst_identities(details)}'
     )
 
 
@@ -184,17 +191,23 @@ def camera_pairs(details: dict[str, Any]) -> str:
     pairs = details.get("camera_pairs")
     if not pairs:
         return ""
-    cameras = details["cameras"]
     rows, styles = [], dict[tuple[int, int], str]()
-    for i, camera in enumerate(cameras):
-        rows.append([f"query camera {camera}", *("" if v is None else f"{100 * v:.1f}" for v in pairs[i])])
-        styles |= {
-            (i, j + 1): f"background: rgba(var(--shade), {0.55 * v:.2f})"
-            for j, v in enumerate(pairs[i])
-            if v is not None
-        }
-    caption = "mAP in per cent by camera pair: matches from one gallery camera only; empty: no such match"
-    return table(["", *(f"gallery {camera}" for camera in cameras)], rows, caption, styles=styles)
+    for i, (camera, values) in enumerate(zip(pairs["query_cameras"], pairs["mAP"], strict=True)):
+        rows.append([f"query camera {camera}", *("" if v is None else f"{100 * v:.1f}" for v in values)])
+        for j, v in enumerate(values, 1):
+            if v is not None:
+                styles[i, j] = f"background: rgba(var(--shade), {0.55 * v:.2f})"
+    caption = "mAP in per cent by camera pair: the gallery images of one camera only; empty: no such match"
+    return table(["", *(f"gallery {camera}" for camera in pairs["gallery_cameras"])], rows, caption, styles=styles)
+
+
+def worst_identities(details: dict[str, Any]) -> str:
+    worst = details.get("worst_identities")
+    if not worst:
+        return ""
+    rows = [[f"pid {one['pid']}", per_cent(one["mAP"]), one["num_query"]] for one in worst]
+    text = table(["identity", "mAP", "queries"], rows, f"The {len(rows)} identities with the lowest mAP")
+    return f"<details><summary>Identities that are found worst</summary>{text}</details>"
 
 
 def ranked_lists(details: dict[str, Any]) -> str:
@@ -272,9 +285,11 @@ def config(run: Run) -> str:
 
 def environment(run: Run) -> str:
     """Command, revision, versions and hardware of each start."""
-    if not run.starts:
+    # An evaluation in a folder of its own is no start of a run.
+    starts = run.starts or [start for start in [run.details.get("start")] if start]
+    if not starts:
         return f"<pre>{escape(run.command)}</pre>" if run.command else ""
-    last = run.starts[-1]
+    last = starts[-1]
     ranks = last["world_size"]
     rows = [
         ["ranks", f"{ranks} on {last['device']}"],
@@ -282,7 +297,7 @@ def environment(run: Run) -> str:
         ["git revision", last["revision"] or "not a checkout"],
         *([name, version] for name, version in last["versions"].items()),
     ]
-    starts = [[s["time"], s["step"], s["world_size"], s["device"], s["revision"], s["command"]] for s in run.starts]
     columns = ["started", "after step", "ranks", "device", "revision", "command"]
-    every = table(columns, starts, "All starts of this run", text=True) if len(starts) > 1 else ""
+    lines = [[s["time"], s["step"], s["world_size"], s["device"], s["revision"], s["command"]] for s in run.starts]
+    every = table(columns, lines, "All starts of this run", text=True) if len(lines) > 1 else ""
     return f"<pre>{escape(last['command'])}</pre>" + table(["", ""], rows, "The last start", text=True) + every

@@ -53,9 +53,10 @@ def curves(
     log: bool = False,
     markers: bool = False,
     zero: bool = False,
+    x_log: bool = False,
 ) -> str:
     """A plot of lines as a <figure>; '' where no line has a number. percent: y in [0, 1] is written in per cent;
-    log: of y; markers: one at each point; zero: y begins at 0."""
+    log, x_log: of y and x; markers: one at each point; zero: y begins at 0."""
     lines = [thin(line) for line in lines if np.isfinite(line.y).any()]
     if not lines:
         return ""
@@ -69,6 +70,8 @@ def curves(
             axis.set_yscale("log")
         elif zero:
             axis.set_ylim(bottom=0)
+        if x_log:
+            axis.set_xscale("log")
         if markers:  # evaluations, at whole epochs
             axis.xaxis.get_major_locator().set_params(integer=True)
         if percent:
