@@ -1,16 +1,24 @@
-"""What an exact evaluation costs above the bare matrix product of the same shapes, on this machine.
+"""What an exact evaluation costs beside the bare matrix product of the same tiles, and beside other ways to do it.
 
-    python benchmarks/evaluation.py --size market --features random --threads 2 --repeats 3
+    python benchmarks/evaluation.py --size market
+    python benchmarks/evaluation.py --size msmt17
 
-One process. Each repeat times both, one after the other, so that what else the machine does meets both; the ratios are
-medians of the paired ratios. CPU seconds (all threads) suffer less from a busy machine than wall seconds do. Random
-features are the worst case: most of the gallery lies nearer than a query's farthest match. Good ones are drawn around
-a centre per identity.
+One process for random and one for good features. Random ones are the worst case: most of the gallery lies nearer than
+a query's farthest match; good ones are drawn around a centre per identity. Each repeat times the product and the
+evaluation one after the other, so that what else the machine does meets both; ratios are medians of the paired ratios.
+CPU seconds (all threads) suffer less from a busy machine than wall seconds do.
+
+The slow ways rank evenly chosen queries, --sample of them; that time is scaled up to all queries and the product's is
+added. "argsort" is what Simple-ReID does: the matrix, numpy's argsort of its rows, loops over the hits. No well-kept
+library knows the camera rule; "scikit-learn" is average_precision_score, the step rule too, of every query after its
+junk is taken out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import platform
 import resource
 import statistics
@@ -24,13 +32,15 @@ import torch
 
 from reid_dist.evaluator import Features, evaluate_features
 from reid_dist.ranking.positions import TILE_BYTES
+from reid_dist.ranking.tiles import multiply
 
 # Queries, gallery rows, identities, cameras, of which gallery rows without an identity of the queries'.
 SIZES = {
     "small": (500, 2_500, 120, 6, 400),
     "market": (3_368, 15_913, 750, 6, 2_798),  # 2,798 background images of pid 0, as in Market-1501
-    "msmt": (11_659, 82_161, 3_060, 15, 0),
+    "msmt17": (11_659, 82_161, 3_060, 15, 0),
 }
+REPEATS = {"small": 5, "market": 3, "msmt17": 1}
 WIDTH = 2_048
 # Spread of an identity's features beside a spread of 1 of the centres; gives an mAP of about 0.9.
 NOISE = 2.6
@@ -56,11 +66,57 @@ def draw(size: str, kind: str) -> tuple[Features, Features]:
 
 
 def bare_product(query: Features, gallery: Features) -> None:
-    """The matrix product alone, in the tiles that the evaluator takes."""
+    """The matrix product alone, in the tiles that the evaluator takes and by the same library."""
+    in_tiles(query, gallery, multiply)
+
+
+def torch_product(query: Features, gallery: Features) -> None:
+    in_tiles(query, gallery, lambda a, b, out: torch.mm(a, b.T, out=out))
+
+
+def in_tiles(query: Features, gallery: Features, product: Callable[..., object]) -> None:
     chunk = max(1, TILE_BYTES // (len(gallery.feats) * 4))
-    tile = torch.empty(min(chunk, len(query.feats)), len(gallery.feats))
-    for feats in query.feats.split(chunk):
-        torch.mm(feats, gallery.feats.T, out=tile[: len(feats)])
+    parts = query.feats.tensor_split(-(-len(query.feats) // chunk))
+    tile = torch.empty(len(parts[0]), len(gallery.feats))
+    for feats in parts:
+        product(feats, gallery.feats, tile[: len(feats)])
+
+
+def sample_of(query: Features, num: int) -> Features:
+    rows = torch.linspace(0, len(query.feats) - 1, num).long().unique()
+    return Features(query.feats[rows], query.pids[rows], query.camids[rows], torch.arange(len(rows)))
+
+
+def cosine_distances(query: Features, gallery: Features) -> np.ndarray:
+    sides = [torch.nn.functional.normalize(side.feats) for side in (query, gallery)]
+    return -(sides[0] @ sides[1].T).numpy()
+
+
+def with_argsort(distances: np.ndarray, query: Features, gallery: Features) -> float:
+    """mAP as the original computes it."""
+    aps = []
+    pids, camids = gallery.pids.numpy(), gallery.camids.numpy()
+    order = np.argsort(distances, axis=1)
+    for line, pid, camid in zip(order, query.pids.numpy(), query.camids.numpy(), strict=True):
+        match = pids[line] == pid
+        match = match[~(match & (camids[line] == camid))]
+        hits = np.flatnonzero(match)
+        if len(hits):
+            aps.append(np.mean(np.arange(1, len(hits) + 1) / (hits + 1)))
+    return float(np.mean(aps))
+
+
+def with_sklearn(distances: np.ndarray, query: Features, gallery: Features) -> float:
+    from sklearn.metrics import average_precision_score
+
+    aps = []
+    pids, camids = gallery.pids.numpy(), gallery.camids.numpy()
+    for line, pid, camid in zip(distances, query.pids.numpy(), query.camids.numpy(), strict=True):
+        match = pids == pid
+        valid = ~(match & (camids == camid))
+        if match[valid].any():
+            aps.append(average_precision_score(match[valid], -line[valid]))
+    return float(np.mean(aps))
 
 
 def seconds(call: Callable[..., object], *args: object) -> tuple[float, float]:
@@ -84,35 +140,56 @@ def main() -> None:
     p.add_argument("--features", choices=("random", "good"), default=None, help="default: both, each in a process")
     p.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument(
+        "--repeats", type=int, default=None, help="default: " + ", ".join(f"{k} {v}" for k, v in REPEATS.items())
+    )
+    p.add_argument("--sample", type=int, default=100, help="queries that the slow ways are run on; 0: leave them out")
     args = p.parse_args()
     if args.features is None:
         # A process each: the peak memory that the system reports never falls again.
         for kind in ("random", "good"):
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--features", kind], check=True)
+            environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads)}
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--features", kind], check=True, env=environment)
         return
 
     torch.set_num_threads(args.threads)
+    repeats = args.repeats or REPEATS[args.size]
     query, gallery = draw(args.size, args.features)
-    bare_product(query, gallery)
-    before = peak_mib()
-    result = evaluate_features(query, gallery, args.metric)
-    extra = peak_mib() - before
-    pairs = []
-    for _ in range(args.repeats):
-        pairs.append((seconds(bare_product, query, gallery), seconds(evaluate_features, query, gallery, args.metric)))
+    evaluate_features(*draw("small", "good"))  # imports and threads
+    pairs, extra, found = [], 0.0, []
+    for _ in range(repeats):
+        bare, before = seconds(bare_product, query, gallery), peak_mib()
+        whole = seconds(lambda: found.append(evaluate_features(query, gallery, args.metric)))
+        pairs.append((bare, whole))
+        extra = extra or peak_mib() - before
+    result = found[0]
     print(
         f"size {args.size} ({len(query.feats)} x {len(gallery.feats)} x {WIDTH}), features {args.features}, "
         f"{args.metric}, float32, mAP {result.mAP:.3f}, rank1 {result.rank1:.3f}\n"
         f"torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}, {args.threads} threads, "
-        f"n = {args.repeats}; median (smallest to largest)"
+        f"n = {repeats}; median (smallest to largest)"
     )
     for clock, name in enumerate(("wall", "CPU")):
         bare, whole = ([pair[side][clock] for pair in pairs] for side in (0, 1))
         print(f"  bare matrix product, {name:4} s {spread(bare)}")
         print(f"  evaluate_features,   {name:4} s {spread(whole)}")
         print(f"  ratio,               {name:4}   {spread([b / a for a, b in zip(bare, whole, strict=True)])}")
-    print(f"  extra peak memory, MiB {extra:10.0f}  (over the features and one tile, which the product had too)\n")
+    print(f"  extra peak memory, MiB {extra:10.0f}  (over the features and one tile, which the product had too)")
+    floor = [statistics.median(bare[clock] for bare, _ in pairs) for clock in (0, 1)]
+    rows = [("product by torch.mm", seconds(torch_product, query, gallery), "")]
+    part = sample_of(query, args.sample)
+    distances = cosine_distances(part, gallery)
+    for name, call in (("argsort", with_argsort), ("scikit-learn", with_sklearn)):
+        if not args.sample or (call is with_sklearn and importlib.util.find_spec("sklearn") is None):
+            continue
+        call(distances[:2], part.take(torch.arange(2)), gallery)  # imports
+        scale = len(query.feats) / len(part.feats)
+        times = [f + scale * t for f, t in zip(floor, seconds(call, distances, part, gallery), strict=True)]
+        rows.append((name, tuple(times), f", from {len(part.feats)} queries"))
+    for name, (wall, cpu), note in rows:
+        ratios = f"{wall / floor[0]:.2f} and {cpu / floor[1]:.2f} times the bare product"
+        print(f"  {name}: {wall:.1f} s wall, {cpu:.1f} s CPU; {ratios} (n = 1{note})")
+    print(flush=True)
 
 
 if __name__ == "__main__":

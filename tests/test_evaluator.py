@@ -115,6 +115,69 @@ def test_degenerate_input(world_size):
         assert result.mAP == result.mINP == result.rank1 == 0
 
 
+def original_rule(case: Case) -> tuple[float, np.ndarray]:
+    """(mAP, CMC) as Simple-ReID's evaluate() adds them up: AP over recall steps, of the queries that have a match."""
+    distances, cmc, total, num_no_match = dense_distances(case), np.zeros(len(case.g)), 0.0, 0
+    for i, pid in enumerate(case.q_pids):
+        order = np.argsort(distances[i])
+        same = np.flatnonzero(case.g_pids == pid)
+        junk = same[:0] if case.g_camids is None else same[case.g_camids[same] == case.q_camids[i]]
+        good = np.setdiff1d(same, junk)
+        if len(good) == 0:
+            num_no_match += 1
+            continue
+        where = np.flatnonzero(np.isin(order[~np.isin(order, junk)], good))
+        cmc[where[0] :] += 1
+        total += sum(1 / len(good) * (n + 1) / (place + 1) for n, place in enumerate(where))
+    num = len(case.q) - num_no_match
+    return total / num, cmc / num
+
+
+def cython_rule(case: Case, max_rank: int = 50) -> tuple[float, float, np.ndarray]:
+    """(mAP, mINP, CMC) as the evaluators that toolboxes compile have it: cumulated hits, masked by the hits."""
+    distances, aps, inps, curves = dense_distances(case), [], [], []
+    for i, pid in enumerate(case.q_pids):
+        hits = []
+        for j in np.argsort(distances[i]):
+            is_junk = case.g_camids is not None and case.g_pids[j] == pid and case.g_camids[j] == case.q_camids[i]
+            if not is_junk:
+                hits.append(int(case.g_pids[j] == pid))
+        if not any(hits):
+            continue
+        raw, cumulated = np.array(hits), np.cumsum(hits)
+        last = np.flatnonzero(raw)[-1]
+        inps.append(cumulated[last] / (last + 1))
+        aps.append((cumulated / np.arange(1, len(raw) + 1) * raw).sum() / raw.sum())
+        curves.append(np.pad(np.minimum(cumulated, 1), (0, max_rank), mode="edge")[:max_rank])
+    return np.mean(aps), np.mean(inps), np.mean(curves, 0)
+
+
+@settings(max_examples=60)
+@given(
+    num_q=st.integers(1, 20),
+    num_g=st.integers(1, 80),
+    num_pids=st.integers(1, 6),
+    num_camids=st.integers(0, 3),
+    seed=st.integers(0, 2**32 - 1),
+    metric=st.sampled_from(["cosine", "euclidean"]),
+)
+def test_equals_the_originals_and_the_compiled_evaluators_rules(num_q, num_g, num_pids, num_camids, seed, metric):
+    """On input without ties, where they all mean the same."""
+    case = make_case(num_q, num_g, 6, num_pids, num_camids, "normal", seed, metric=metric)
+    result = evaluate_cases([case])[0]
+    compared["evaluations"] += 1
+    compared["queries"] += num_q
+    if result.num_no_match == num_q:
+        return
+    mean, curve = original_rule(case)
+    assert result.mAP == pytest.approx(mean, abs=1e-9)
+    length = min(50, num_g)
+    np.testing.assert_allclose(result.cmc[:length], curve[:length], rtol=0, atol=1e-9)
+    mean, inp, curve = cython_rule(case)
+    assert (result.mAP, result.mINP) == (pytest.approx(mean, abs=1e-9), pytest.approx(inp, abs=1e-9))
+    np.testing.assert_allclose(result.cmc, curve, rtol=0, atol=1e-9)
+
+
 def test_negative_control_wrong_rules_are_seen():
     """The same comparison fails against a reference without the junk rule, and against one with ties the other way."""
     cases = [make_case(9, 30, 3, 3, 2, kind, seed) for kind in ("integers", "signs") for seed in range(5)]
@@ -127,7 +190,7 @@ def test_negative_control_wrong_rules_are_seen():
 
 def test_negative_control_without_the_tie_step(monkeypatch):
     case = make_case(9, 30, 3, 3, 2, "integers", 0)
-    monkeypatch.setattr(np, "flatnonzero", lambda mask: np.nonzero(mask)[0][:0] if mask.ndim == 1 else 1 / 0)
+    monkeypatch.setattr(np, "flatnonzero", lambda mask: np.nonzero(mask)[0][: 0 if mask.dtype == bool else None])
     with pytest.raises(AssertionError):
         assert_equal(evaluate_cases([case])[0], reference(case))
 
