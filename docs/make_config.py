@@ -56,7 +56,7 @@ def page() -> str:
         raise ValueError(f"reid_dist/keys.py: no comment says what {', '.join(silent)} means")
     lines = [HEAD]
     for section, names in groupby(sorted(defaults, key=place), key=section_of):
-        lines += [f"## {section}", "", "| key | default | values | meaning | resume |", "|---|---|---|---|---|"]
+        lines += [f"## {section}", "", "| key | default | meaning | values | resume |", "|---|---|---|---|---|"]
         for key in names:
             free = "yes" if key in keys.FREE_ON_RESUME else "no"
             row = [
