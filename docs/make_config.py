@@ -62,8 +62,8 @@ def page() -> str:
             row = [
                 f"`{key}`",
                 f"`{defaults[key]!r}`",
-                values_of(key, defaults[key]),
                 escape(meanings[key], quote=False),
+                values_of(key, defaults[key]),
                 free,
             ]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")

@@ -123,10 +123,9 @@ def run_module(words: list[str], folder: Path) -> None:
     assert code == 0, f"python -m {shlex.join(words)}: exit code {code}\n{output}"
 
 
-def parse_script(words: list[str]) -> None:
-    """The flags of `python FILE ...`, by the file's own parser; what comes behind the parsing is not run."""
-    script, *argv = words
-    assert Path(script).is_file(), script
+def parse_only(words: list[str]) -> None:
+    """The flags of `python FILE ...` or `python -m NAME ...`, by its own parser; what comes behind that is not run."""
+    run, (name, *argv) = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
 
     def work():
         import argparse
@@ -138,10 +137,11 @@ def parse_script(words: list[str]) -> None:
             sys.exit(0)
 
         argparse.ArgumentParser.parse_args = stop
-        sys.argv = [script, *argv]
-        sys.path.insert(0, str(Path(script).parent))
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = [name, *argv]
+        sys.path.insert(0, str(Path(name).parent))
+        run(name, run_name="__main__")
 
+    assert words[0] == "-m" or Path(name).is_file(), name
     if argv:
         code, output = in_child(Path(), work)
         assert code == 0, f"python {shlex.join(words)}: exit code {code}\n{output}"
@@ -161,7 +161,7 @@ def check_torchrun(words: list[str], folder: Path) -> None:
         assert args.training_script == "reid_dist.train", words
         check_training(args.training_script_args, ranks, folder)
     else:
-        parse_script([args.training_script, *args.training_script_args])
+        parse_only([args.training_script, *args.training_script_args])
 
 
 def check_sbatch(words: list[str], folder: Path) -> None:
@@ -200,29 +200,30 @@ def check_pip(words: list[str], folder: Path) -> None:
 
 
 def check_docker(words: list[str], folder: Path) -> None:
-    """Flags by docker's own help, which needs no daemon; the Dockerfile exists."""
+    """Flags by docker's own help, which needs no daemon; the Dockerfile, and what is run in the container."""
     verb, *rest = words
-    for flag, value in zip(rest, [*rest[1:], ""], strict=True):
+    if shutil.which("docker") is None:
+        return
+    text = subprocess.run(["docker", verb, "--help"], capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r"^ +(?:(-\w), )? *(--[\w-]+)(?: (\S+))?  ", text, re.M)
+    has_value = {flag: bool(kind) for short, long, kind in rows for flag in (short, long) if flag}
+    while rest and rest[0].startswith("-"):
+        flag, equals, value = rest.pop(0).partition("=")
+        assert flag in has_value, f"docker {verb} has no {flag}"
+        if has_value[flag] and not equals:
+            value = rest.pop(0)
         if flag in ("-f", "--file"):
             assert Path(value).is_file(), value
-    if shutil.which("docker") is None:
-        return  # tests/test_docker.py says so
-    known = subprocess.run(["docker", verb, "--help"], capture_output=True, text=True, check=True).stdout
-    image = next((i for i, word in enumerate(rest) if not word.startswith("-") and not takes_value(rest, i)), len(rest))
-    for flag in rest[:image]:
-        if flag.startswith("--"):
-            assert re.search(rf"{re.escape(flag.split('=')[0])}\b", known), f"docker {verb} has no {flag}"
-
-
-def takes_value(words: list[str], i: int) -> bool:
-    """Whether word i is the value of the flag before it."""
-    return i > 0 and words[i - 1] in ("-f", "-t", "-v", "-e", "-w", "--file", "--tag", "--volume", "--gpus", "--name")
+    if verb == "run" and rest[1:]:  # behind the image
+        check_command(shlex.join(rest[1:]), True, folder)
 
 
 def check_command(command: str, in_fence: bool, folder: Path) -> None:
     """Runs or parses one command. Raises AssertionError for one that fails, or that no rule knows."""
     subprocess.run(["bash", "-n"], input=command, text=True, check=True)
-    words = shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", command))  # [--flag]: it may be left out
+    # [--flag] may be left out; `...` stands for more of the same.
+    words = [word for word in shlex.split(re.sub(r"\[(--[^]]*)\]", r"\1", command)) if word != "..."]
+    words = ["8" if word == "RANKS" else word for word in words]
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # VARIABLE=value in front
         words = words[1:]
     match words:
@@ -231,6 +232,8 @@ def check_command(command: str, in_fence: bool, folder: Path) -> None:
         case ["python", "-m", "reid_dist.train", *argv] if "--check" not in argv and in_fence:
             steps = "3" if "--resume" in argv else "2"
             run_module(["reid_dist.train", *argv, *small(SMALL_TRAINING), "TRAIN.MAX_STEPS", steps], folder)
+        case ["python", "-m", "reid_dist.report", "--table", *_]:  # it takes runs on whole data sets alone
+            parse_only(words[1:])
         case ["python", "-m", module, *argv] if module.startswith("reid_dist") and (in_fence or "--check" in argv):
             run_module([module, *argv], folder)
         case ["python", "-m", module, *_] if module.startswith("reid_dist"):
@@ -238,9 +241,13 @@ def check_command(command: str, in_fence: bool, folder: Path) -> None:
                 Path(*module.split(".")).with_suffix(".py").exists() or Path(*module.split("."), "__main__.py").exists()
             )
         case ["python", script, *argv]:
-            parse_script([script, *argv])
+            parse_only([script, *argv])
         case [tool, *argv] if tool in CHECKS:
             CHECKS[tool](argv, folder)
+        case [tool, *argv] if tool in CONTAINERS:
+            within = [i for i, word in enumerate(argv) if word == "torchrun" or word.startswith("launch/")]
+            if within:
+                check_command(shlex.join(argv[within[0] :]), in_fence, folder)
         case [script, *_] if script.startswith("launch/"):
             check_launcher(words, folder)
         case [tool, *_]:
@@ -260,4 +267,6 @@ CHECKS = {
     "docker": check_docker,
 }
 # What a shell does with files and what other tools get: their syntax is bash's, and that was checked.
-SHELL = {".", "cd", "git", "export", "mkdocs", "ls", "tail", "open"}
+SHELL = {".", "cd", "git", "export", "mkdocs", "kubectl"}
+# What runs a command somewhere else: that command is checked.
+CONTAINERS = {"srun", "apptainer", "enroot"}

@@ -46,6 +46,10 @@ def workshop(pedestrians, tmp_path_factory):
     run(1, folder / "DATA", folder, f"{SMALL} {TINY} TRAIN.PRECISION fp32 TRAIN.MAX_STEPS 2")
     shutil.copytree(folder / "market1501/t", folder / "build/demo/runs/market1501/demo")
     shutil.move(folder / "market1501/t", folder / "RUN")
+    for name in ("RUN_A", "RUN_B", "RUN_C", "runs/market1501/mine"):
+        shutil.copytree(folder / "RUN", folder / name)
+    (folder / "docs").mkdir()
+    shutil.copy("docs/results.md", folder / "docs")
     shutil.copy(folder / "RUN/checkpoints/best.pt", folder / "best.pt")
     torch.save(simple_reid_checkpoint(), folder / "checkpoint_ep60.pth.tar")
     return folder
@@ -121,7 +125,7 @@ def test_flags_exist():
     sources = [*Path("reid_dist").rglob("*.py"), *Path("benchmarks").glob("*.py"), *Path("docs").glob("*.py")]
     known = {flag for file in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', read(file))}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
-    known |= {"--help"}
+    known |= {"--help", "--build-arg", "--device", "--user", "--signal", "--logdir"}  # docker, sbatch, tensorboard
     others = ("sbatch", "SBATCH", "srun", "docker", "podman", "apptainer", "enroot", "pip", "git", "mkdocs", "kubectl")
     unknown = {
         (page, flag)
