@@ -137,7 +137,12 @@ def compare_fingerprints(fingerprints: list[str]) -> None:
         )
 
 
-def build_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:
+def build_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:  # all ranks
+    """The plan of all epochs, whose tables the ranks of a node share."""
+    return once_per_node(functools.partial(make_plan, cfg, index))
+
+
+def make_plan(cfg: Any, index: DatasetIndex) -> EpochPlan:
     return EpochPlan(
         index.train.pids,
         batch=cfg.DATA.TRAIN_BATCH,

@@ -71,7 +71,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if cfg.EVAL_MODE and cfg.MODEL.RESUME not in ("", "auto"):
         evaluate_file(cfg.MODEL.RESUME, "--resume", index, cfg, world)
         return
-    plan = dist.agreed(build_plan, cfg, index)
+    plan = build_plan(cfg, index)
     saved, notes = dist.agreed(find_checkpoint, cfg, index)
     dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))
     model = dist.agreed(build_network, cfg, index.num_pids, world)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from reid_dist.data import philox
 from reid_dist.data.augment import Augment
 from reid_dist.data.plan import SAMPLERS, EpochPlan
 
@@ -43,7 +44,7 @@ def test_structure_of_every_batch(drawn, epoch):
     plan = make(pids, **arguments)
     k, places = plan.num_instances, plan.batch // plan.num_instances
     indices = plan.indices(epoch)
-    assert indices.dtype == np.int64 and indices.shape == (plan.num_steps, plan.batch)
+    assert indices.dtype == np.int32 and indices.shape == (plan.num_steps, plan.batch)
     ids = pids[indices].reshape(plan.num_steps, places, k)
     assert (ids == ids[:, :, :1]).all()
     sizes = np.bincount(pids)
@@ -240,6 +241,24 @@ def test_augmentation_stays_in_bounds(height, width, seed):
 def test_probability_zero_does_nothing():
     step = make(np.zeros(64, int), batch=64, rc_prob=0, re_prob=0).step(1, 0).augmentation
     assert (step.resize_hw == [256, 128]).all() and not step.crop_yx.any() and not step.erase.any()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("order", ["by identity", "none"])
+def test_pieces_of_any_size_make_the_same_plan(monkeypatch, sampler, order):
+    rng = np.random.default_rng(0)
+    pids = rng.permutation(np.repeat(np.arange(40), rng.integers(1, 20, 40)))
+    pids = np.sort(pids) if order == "by identity" else pids
+    whole = make(pids, sampler=sampler, camids=np.arange(len(pids)) % 3)
+    expected = [whole.indices(epoch) for epoch in (1, 2)]
+    num_pieces = []
+    for size in (1, 5, 64, 10**6):
+        monkeypatch.setattr(philox, "BLOCK", size)
+        found = make(pids, sampler=sampler, camids=np.arange(len(pids)) % 3)
+        for epoch in (1, 2):
+            assert np.array_equal(found.indices(epoch), expected[epoch - 1])
+        num_pieces.append(len(philox._ends_of_pieces(pids)))
+    assert num_pieces[-1] == 1 and (num_pieces[0] > 30) == (order == "by identity")
 
 
 # Changes of these hashes are changes of every user's training runs.

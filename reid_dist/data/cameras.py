@@ -32,12 +32,13 @@ class Cameras:
         keys = group.astype(np.uint64) << np.uint64(index_bits)
         keys |= np.arange(len(pids), dtype=np.uint64)
         keys.sort()
-        self._image = (keys & np.uint64(2**index_bits - 1)).astype(np.int64)
+        small = philox.index_type(len(pids))
+        self._image = (keys & np.uint64(2**index_bits - 1)).astype(small)
         keys >>= np.uint64(index_bits)
         is_first = np.r_[True, keys[1:] != keys[:-1]]
-        self._run_starts = np.append(np.flatnonzero(is_first), len(pids))
-        self._place = np.empty(len(pids), dtype=np.int64)  # of each image
-        self._place[self._image] = np.arange(len(pids))
+        self._run_starts = np.append(np.flatnonzero(is_first), len(pids)).astype(small)
+        self._place = np.empty(len(pids), dtype=small)  # of each image
+        self._place[self._image] = np.arange(len(pids), dtype=small)
 
     def others(self, anchors: np.ndarray, starts: np.ndarray, sizes: np.ndarray, u: np.ndarray) -> np.ndarray:
         """(m, K - 1) images to go with m anchors: distinct ones of other cameras, then distinct ones of the anchor's
@@ -46,7 +47,7 @@ class Cameras:
         anchors: (m,) images; starts, sizes: (m,) where the images of each one's identity start when all are ordered by
         identity, and how many they are; u: (m, K - 1) uniform numbers.
         """
-        found = np.empty(u.shape, dtype=np.int64)
+        found = np.empty(u.shape, dtype=self._image.dtype)
         for i in range(0, len(anchors), _BLOCK):
             part = slice(i, i + _BLOCK)
             found[part] = self._others(anchors[part], starts[part], sizes[part], u[part])

@@ -31,7 +31,7 @@ import numpy as np
 from . import augment as aug
 from . import philox
 from .cameras import Cameras
-from .philox import below, count_within, permutation, uniform
+from .philox import below, count_within, offsets, permutation, uniform
 
 SAMPLERS = ("chunk", "identity", "identity_camera")
 
@@ -104,21 +104,21 @@ class EpochPlan:
                 )
         self._num_chunks = num_chunks  # chunks of each identity in an epoch
         self._cameras = Cameras(pids, camids) if sampler == "identity_camera" else None
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: dict[int, np.ndarray] = {}  # epoch: its indices, of the newest two that were asked for
 
     def indices(self, epoch: int) -> np.ndarray:
-        """(num_steps, batch) int64, read-only: the image at each position of each global batch of the epoch."""
+        """(num_steps, batch) integers, read-only: the image at each position of each global batch of the epoch."""
         if epoch < 1:
             raise ValueError(f"epoch {epoch}; expected at least 1")
         found = self._cache.get(epoch)
         if found is None:
+            # The epoch before is kept: prefetching asks for the next one while the current one is still in use.
+            self._cache = dict(list(self._cache.items())[-1:])
             chunks = self._chunks(epoch)
             order = self._chunk_order(epoch) if self.sampler == "chunk" else self._identity_order(epoch)
             found = chunks[order].reshape(self.num_steps, self.batch)
             found.flags.writeable = False
-            # The epoch before is kept: prefetching asks for the next one while the current one is still in use.
-            last = list(self._cache.items())[-1:]
-            self._cache = dict([*last, (epoch, found)])
+            self._cache[epoch] = found
         return found
 
     def step(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> StepPlan:
@@ -131,7 +131,7 @@ class EpochPlan:
         indices = self.indices(epoch)[step, rank * size : (rank + 1) * size]
         first = step * self.batch + rank * size
         drawn = aug.draw(self.augment, self.seed, epoch, first, size, self.height, self.width)
-        return StepPlan(indices, self._pids[indices], drawn)
+        return StepPlan(indices.astype(np.int64), self._pids[indices], drawn)
 
     def global_pids(self, epoch: int, step: int) -> np.ndarray:
         """(batch,) int64: the labels of the whole global batch of a step."""
@@ -153,11 +153,10 @@ class EpochPlan:
         }
 
     def _chunks(self, epoch: int) -> np.ndarray:
-        """(chunks, K) int64 images; the chunks of identity 0 first, then those of identity 1, ..."""
+        """(chunks, K) images; the chunks of identity 0 first, then those of identity 1, ..."""
         k, sizes, num_chunks = self.num_instances, self._sizes, self._num_chunks
-        words = philox.words(self.seed, philox.IMAGES, epoch, len(self._pids))
-        by_identity = philox.shuffle_within(self._pids, len(sizes), words)
-        starts = np.cumsum(sizes) - sizes
+        by_identity = philox.shuffle_within(self._pids, len(sizes), self.seed, philox.IMAGES, epoch)
+        starts = offsets(sizes)
         if self._cameras is not None:
             anchors = by_identity[np.repeat(starts, num_chunks) + count_within(num_chunks)]
             starts, sizes = np.repeat(starts, num_chunks), np.repeat(sizes, num_chunks)
@@ -165,13 +164,16 @@ class EpochPlan:
                 len(anchors), k - 1
             )
             return np.column_stack([anchors, self._cameras.others(anchors, starts, sizes, u)])
-        small = np.flatnonzero((sizes > 0) & (sizes < k))
         first = np.repeat(starts, num_chunks) + k * count_within(num_chunks)
-        # A small identity's row runs over its end until its draws replace it; the last one's over the array's.
-        places = np.minimum(first[:, None] + np.arange(k), len(by_identity) - 1)
+        chunks = np.empty((len(first), k), by_identity.dtype)
+        for i in range(0, len(first), philox.BLOCK):
+            # A small identity's row runs over its end until its draws replace it; the last one's over the array's.
+            places = np.minimum(first[i : i + philox.BLOCK, None] + np.arange(k), len(by_identity) - 1)
+            chunks[i : i + philox.BLOCK] = by_identity[places]
+        small = np.flatnonzero((sizes > 0) & (sizes < k))
         draws = uniform(philox.words(self.seed, philox.REPLACEMENT, epoch, len(small) * k)).reshape(-1, k)
-        places[(np.cumsum(num_chunks) - num_chunks)[small]] = starts[small, None] + below(sizes[small, None], draws)
-        return by_identity[places]
+        chunks[offsets(num_chunks)[small]] = by_identity[starts[small, None] + below(sizes[small, None], draws)]
+        return chunks
 
     def _chunk_order(self, epoch: int) -> np.ndarray:
         """(num_steps * P,) chunk at each place of the epoch, for the chunk sampler."""
@@ -191,13 +193,13 @@ class EpochPlan:
         num_chunks = self._num_chunks
         identities = permutation(philox.words(self.seed, philox.CHUNKS, epoch, len(num_chunks)))
         lengths = num_chunks[identities]
-        first = np.cumsum(num_chunks) - num_chunks
+        first = offsets(num_chunks)
         # Fewer than P chunks are over (or S could be larger); the shuffle decides whose.
         listed = (np.repeat(first[identities], lengths) + count_within(lengths))[: num_rows * num_columns]
         ends = np.cumsum(lengths)
         keys = philox.words(self.seed, philox.ROWS, epoch, 2 * num_rows * num_columns).reshape(num_columns, 2, num_rows)
-        table = np.empty((num_rows, num_columns), dtype=np.int64)
-        taken = np.empty(0, dtype=np.int64)  # rows of the column before that went to its last identity
+        table = np.empty((num_rows, num_columns), dtype=listed.dtype)
+        taken = np.empty(0, dtype=listed.dtype)  # rows of the column before that went to its last identity
         num_carried = 0
         for column in range(num_columns):
             rows = permutation(keys[column, 0])
