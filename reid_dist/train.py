@@ -120,7 +120,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if done and cfg.WANDB.ARTIFACT and saves(cfg):
         best_file = run_folder(cfg) / "checkpoints" / "best.pt"
         reporter.send("artifact", best_file, f"{cfg.DATA.DATASET.replace('+', '-')}-{cfg.TAG}", state.best)
-    reporter.close()
+    reporter.close(in_a_hurry=not done)
     reporter.say(f"everything of this run: {run_folder(cfg)}")
     for line in after_training(cfg, saves(cfg)) if done else ():
         reporter.say(line)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from reid_dist import evaluate
 from reid_dist.data.index import TestSet, build_index
 from reid_dist.details import choose_queries, confused_pairs
 from reid_dist.evaluator import RankedList
@@ -19,6 +21,8 @@ from reid_dist.report.__main__ import main
 from reid_dist.report.console import duration
 from reid_dist.report.plots import Line, curves, thin
 from reid_dist.report.run import read_run
+from tests import ranks
+from tests.ranks import run_ranks
 from tests.runs import SMALL, TINY, run
 
 TEXT = f"{SMALL} {TINY} MODEL.BN_GROUP 8 REPORT.PAGE true REPORT.ACTIVATION_MAPS true TRAIN.EMA 0.5 TEST.EVAL_STEP 1"
@@ -131,6 +135,36 @@ def test_the_page_is_rebuilt_without_torch(reported):
     code = "import sys; sys.modules['torch'] = None; from reid_dist.report.__main__ import main; main(sys.argv[1:])"
     subprocess.run([sys.executable, "-c", code, str(reported)], check=True, timeout=60)
     assert (reported / "report/index.html").read_bytes() == before
+
+
+@pytest.mark.ranks
+def test_evaluate_writes_the_page_of_what_it_found(reported, pedestrians, tmp_path):
+    """Into a copy of the run's folder: the run's own curves stay, the evaluation is the newer one."""
+    folder = tmp_path / "market1501/t"
+    shutil.copytree(reported, folder)
+    weights = folder / "checkpoints/best.pt"
+    argv = ["--cfg", str(folder / "config.yaml"), "--root", str(pedestrians), "--output", str(tmp_path)]
+    run_ranks(
+        2, lambda: evaluate.main(ranks.world, [*argv, "--weights", str(weights), "REPORT.ACTIVATION_MAPS", "false"])
+    )
+    text = (folder / "report/index.html").read_text()
+    assert f"weights {weights}" in text and "market1501, evaluated</th>" in text and "ROC on market1501" in text
+    assert "averaged weights</th>" in text and "query camera 1</th>" in text and "gallery 2</th>" in text
+    assert "class=dim>complete" in text and 'alt="where the network responds' not in text
+    found = json.loads((folder / "evaluation.json").read_text())["camera_pairs"]
+    assert f">{100 * found['mAP'][0][1]:.1f}</td>" in text
+
+
+@pytest.mark.ranks
+def test_several_test_sets_are_told_apart(reported, tmp_path):
+    details = json.loads((reported / "evaluation_details.json").read_text())
+    details["sets"].append(details["sets"][0] | {"label": "msmt17 (no camera ids)"})
+    shutil.copytree(reported, tmp_path / "r")
+    (tmp_path / "r/evaluation_details.json").write_text(json.dumps(details))
+    assert main([str(tmp_path / "r")]) == 0
+    page = Page((tmp_path / "r/report/index.html").read_text())
+    assert len(set(page.ids)) == len(page.ids)
+    assert {"evaluation-0", "evaluation-1", "lists-1", "confused-1"} <= set(page.ids)
 
 
 def test_queries_are_chosen_by_ap():

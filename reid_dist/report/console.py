@@ -167,12 +167,13 @@ class Reporter:
             text = json.dumps(result, indent=indent) + "\n"
             write_atomic(self.folder / name, lambda part: part.write_text(text, encoding="utf-8"))
 
-    def close(self) -> None:
-        """Waits, within limits, for the page and the logging services."""
+    def close(self, in_a_hurry: bool = False) -> None:
+        """Waits, within limits, for the page and the logging services. in_a_hurry: the cluster wants its nodes back, so
+        the page is not waited for."""
         self.end_progress()
-        for line in self.page.finish() if self.page else []:
+        for line in self.page.finish() if self.page and not in_a_hurry else []:
             self.say(line)
-        finish_all(self.services)
+        finish_all(self.services, in_a_hurry)
         for service in self.services:
             for line in service.complaints():
                 self.say(line)

@@ -33,7 +33,7 @@ def note_start(folder: Path, start: dict[str, Any]) -> None:  # rank 0 only
 
 
 def software() -> dict[str, Any]:
-    """Time, command line, git revision of this code, versions. No environment variables: some are secrets."""
+    """Time, command line, git revision of this code, versions. Of the environment only a number: it holds secrets."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -42,6 +42,7 @@ def software() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": without_secrets(command()),
         "revision": revision(),
+        "nodes": int(os.environ.get("GROUP_WORLD_SIZE", "1")),  # torchrun's
         "versions": versions,
         "system": f"{platform.system()} {platform.release()}, {processor()}, {os.cpu_count()} cores",
     }

@@ -292,7 +292,7 @@ def environment(run: Run) -> str:
     last = starts[-1]
     ranks = last["world_size"]
     rows = [
-        ["ranks", f"{ranks} on {last['device']}"],
+        ["ranks", f"{ranks} on {last['device']}" + (f", {last['nodes']} nodes" if last["nodes"] > 1 else "")],
         ["system", last["system"]],
         ["git revision", last["revision"] or "not a checkout"],
         *([name, version] for name, version in last["versions"].items()),

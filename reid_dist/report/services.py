@@ -61,7 +61,7 @@ class Service:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             waiting = max(0, self._calls.qsize() - 1)
-            self._failure = self._failure or f"not done {FINISH_S:g} s after the run's end; {waiting} calls left out"
+            self._failure = self._failure or f"not done in time at the run's end; {waiting} calls left out"
             leave_hard()
 
     def _run(self) -> None:
@@ -74,11 +74,11 @@ class Service:
             self._failure = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def finish_all(services: list[Service]) -> None:
-    """Ends all services, within FINISH_S in all."""
+def finish_all(services: list[Service], in_a_hurry: bool = False) -> None:
+    """Ends all services, within FINISH_S in all; in a hurry within a sixth of it."""
     for service in services:
         service.start_finish()
-    deadline = time.monotonic() + FINISH_S
+    deadline = time.monotonic() + (FINISH_S / 6 if in_a_hurry else FINISH_S)
     for service in services:
         service.finish(deadline)
 
