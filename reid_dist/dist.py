@@ -261,18 +261,22 @@ def broadcast(tensor: torch.Tensor, src: int) -> torch.Tensor:  # all ranks
     return tensor
 
 
-def average_(tensors: list[torch.Tensor]) -> None:  # all ranks
-    """Means over ranks, in place, of float tensors of one dtype, by a single all-reduce.
+def begin_average(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:  # all ranks
+    """Starts a single all-reduce of float tensors of one dtype; what it returns waits for it and gives their means.
 
     For values of which every rank has seen an equal share (batch norm's running statistics).
     """
     if world_size() == 1 or not tensors:
-        return
+        return lambda: tensors
     flat = torch.cat([t.reshape(-1) for t in tensors])
-    td.all_reduce(flat, op=td.ReduceOp.SUM)
-    flat /= world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    work = td.all_reduce(flat, op=td.ReduceOp.SUM, async_op=True)
+
+    def finish() -> list[torch.Tensor]:
+        work.wait()
+        means = flat.div_(world_size()).split([t.numel() for t in tensors])
+        return [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)]
+
+    return finish
 
 
 def wrap_ddp(model: torch.nn.Module, device: torch.device, leave: list[str]) -> torch.nn.Module:  # all ranks
@@ -280,7 +284,7 @@ def wrap_ddp(model: torch.nn.Module, device: torch.device, leave: list[str]) -> 
 
     leave: names of parameters that differ between ranks (a sharded classifier's) and are left alone.
 
-    Buffers are not broadcast: rank 0's batch norm statistics are not the global batch's (`average_` makes those).
+    Buffers are not broadcast: rank 0's batch norm statistics are not the global batch's (`begin_average` makes those).
     """
     if world_size() == 1:
         return model

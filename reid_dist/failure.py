@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +40,21 @@ def end_with_torchrun() -> None:
         # Killed before that call: process 1 has taken its place (in a container torchrun can be process 1 itself).
         if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
             end_now(1)
+
+
+def end_with_parent(worker: int) -> None:
+    """In a process from multiprocessing's fork server: has it end once the process that asked for it is gone.
+
+    To the kernel its parent is the fork server, which stays as long as it does: after a kill -9 both would for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        end_now(1)
+
+    threading.Thread(target=wait, name=f"reid_dist-parent-of-worker-{worker}", daemon=True).start()
 
 
 def end_now(code: int) -> NoReturn:

@@ -13,7 +13,7 @@ from torch import nn
 from . import dist, watchdog
 from .losses import build_classification, build_pairwise, build_sharded_classification
 from .losses.center import center, center_gradient
-from .models.batch_norm import GroupBatchNorm, forget_stats, not_noting, update_running_stats
+from .models.batch_norm import GroupBatchNorm, Noted, begin_running_stats, not_noting, update_running_stats
 from .models.sharded import classifier_rows, complete, count_right
 from .optim import step_unless
 
@@ -81,13 +81,13 @@ def train_step(
     """
     for p in ddp.parameters():
         p.grad = None
-    losses = backward(ddp, objective, scaler, norms, images, global_pids)
+    losses, noted = backward(ddp, objective, scaler, norms, images, global_pids)
     watchdog.at("update")
     bad = non_finite(ddp, losses, scaler)
     step_unless(bad, optimizer, scaler)
     if objective.center_weight:
         step_centers(dist.unwrap(ddp).centers, objective, bad)
-    update_running_stats(norms, bad)
+    update_running_stats(noted, bad)
     return Losses(*(value.detach() for value in losses)), bad
 
 
@@ -121,8 +121,8 @@ def backward(
     norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
-) -> Losses:  # all ranks
-    """Forward, losses, and their gradients averaged over ranks."""
+) -> tuple[Losses, Noted]:  # all ranks
+    """Forward, losses, and their gradients averaged over ranks; and what batch norm has noted, on its way."""
     if objective.micro_batch not in (0, len(images)):
         return backward_in_pieces(ddp, objective, scaler, norms, images, global_pids)
     pids = global_pids[objective.offset : objective.offset + len(images)]
@@ -133,8 +133,9 @@ def backward(
         cla, correct = objective.classify(logits, pids), (logits.detach().argmax(1) == pids).sum()
     assert cla is not None and correct is not None
     watchdog.at("backward")
+    noted = begin_running_stats(norms)
     scaler.scale(cla + pair).backward()
-    return Losses(cla, pair, correct)
+    return Losses(cla, pair, correct), noted
 
 
 def backward_in_pieces(
@@ -144,7 +145,7 @@ def backward_in_pieces(
     norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
-) -> Losses:  # all ranks
+) -> tuple[Losses, Noted]:  # all ranks
     """`backward` with the memory of a micro-batch and the cost of one more forward; the same numbers.
 
     First all features without a graph, and from them what depends on the whole global batch: the pair loss and its
@@ -163,6 +164,7 @@ def backward_in_pieces(
     scaler.scale(pair if cla is None else cla + pair).backward()
     assert feats.grad is not None
     watchdog.at("backward")
+    noted = begin_running_stats(norms)
     parts = zip(pieces, feats.grad.split(objective.micro_batch), pids.split(objective.micro_batch), strict=True)
     by_piece = []
     for i, (piece, grad, piece_pids) in enumerate(parts):
@@ -177,7 +179,7 @@ def backward_in_pieces(
     if by_piece:
         cla, correct = torch.stack(by_piece).sum(0)
     assert cla is not None and correct is not None
-    return Losses(cla, pair, correct)
+    return Losses(cla, pair, correct), noted
 
 
 def forward(
@@ -231,10 +233,10 @@ def rehearse(
     images = torch.randn(images_shape, generator=torch.Generator().manual_seed(dist.rank()))
     images = images.to(weight.device, weight.dtype, memory_format=torch.channels_last)
     pids = torch.arange(len(images) * dist.world_size(), device=weight.device) % min(objective.num_pids, 2)
-    backward(ddp, objective, scaler, norms, images, pids)
+    _, noted = backward(ddp, objective, scaler, norms, images, pids)
+    noted.means()  # waited for, and left
     for p in ddp.parameters():
         p.grad = None
-    forget_stats(norms)
 
 
 def global_values(losses: Losses, batch: int) -> dict[str, float]:  # all ranks

@@ -8,6 +8,7 @@ from reid_dist import dist
 from reid_dist.models.batch_norm import (
     GroupBatchNorm,
     batch_norms,
+    begin_running_stats,
     group_batch_norms,
     not_noting,
     split_group,
@@ -39,7 +40,7 @@ def on_ranks(group, spatial, memory_format):
     bn = make_norm(group)
     y = bn(leaf.contiguous(memory_format=memory_format))
     (y * dy).sum().backward()
-    update_running_stats([bn], torch.zeros(()))
+    update_running_stats(begin_running_stats([bn]), torch.zeros(()))
     for p in bn.parameters():
         dist.all_sum(p.grad)
     return [t.detach() for t in (y, leaf.grad, bn.weight.grad, bn.bias.grad, bn.running_mean, bn.running_var)]
@@ -89,7 +90,7 @@ def test_whole_batch_equals_torch():
     x, _ = inputs((4, 3))
     bn, ours = nn.BatchNorm2d(CHANNELS).double(), GroupBatchNorm(nn.BatchNorm2d(CHANNELS).double(), BATCH)
     torch.testing.assert_close(ours(x), bn(x), rtol=0, atol=1e-13)
-    update_running_stats([ours], torch.zeros(()))
+    update_running_stats(begin_running_stats([ours]), torch.zeros(()))
     torch.testing.assert_close(ours.running_var, bn.running_var, rtol=0, atol=1e-13)
     torch.testing.assert_close(ours.eval()(x), bn.eval()(x), rtol=0, atol=1e-13)
     assert ours.state_dict().keys() == bn.state_dict().keys()
@@ -104,7 +105,7 @@ def test_two_forwards_of_whole_groups_note_what_one_does():
     with not_noting([two]):
         two(x * 2)
     for bn in (one, two):
-        update_running_stats([bn], torch.zeros(()))
+        update_running_stats(begin_running_stats([bn]), torch.zeros(()))
     torch.testing.assert_close(two.running_mean, one.running_mean, rtol=0, atol=1e-15)
     torch.testing.assert_close(two.running_var, one.running_var, rtol=0, atol=1e-15)
     assert one.num_batches_tracked == two.num_batches_tracked == 1
@@ -137,7 +138,7 @@ def test_timm_activation_survives():
     assert not any(isinstance(m, nn.BatchNorm2d) for m in grouped.modules())
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(grouped(x), plain(x), rtol=1e-9, atol=1e-9)
-    update_running_stats(batch_norms(grouped), torch.zeros(()))
+    update_running_stats(begin_running_stats(batch_norms(grouped)), torch.zeros(()))
     torch.testing.assert_close(grouped.eval()(x), plain.eval()(x), rtol=1e-9, atol=1e-9)
     # A conversion that lost the activations would differ: without them the outputs turn negative.
     first = next(m for m in grouped.modules() if isinstance(m, GroupBatchNorm))

@@ -312,6 +312,33 @@ def test_killed_at_random_moments_a_run_ends_bitwise_as_if_nothing_had_happened(
         print(f"\n{lines[-1]}")
 
 
+def descendants(pid):
+    """All processes that a process has started, and theirs."""
+    children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return children + [d for c in children for d in descendants(c)]
+
+
+def test_what_prepares_images_ends_with_its_rank(pedestrians, tmp_path):
+    """It is the fork server's child; torch's own watchdog looks at that one, which lives on with it."""
+    text = f"{SMALL} {PLAIN} DATA.PIPELINE torch DATA.NUM_WORKERS 2 TRAIN.MAX_EPOCH 9999 TRAIN.CHECKPOINT_EPOCH 0"
+    with tempfile.TemporaryDirectory() as folder:
+        (rank,) = start_ranks(1, Path(folder), start, (arguments(pedestrians, tmp_path, text),), {}, 100)
+        deadline = time.monotonic() + 90
+        while soak.count_events(tmp_path / "market1501/t") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        helpers = descendants(rank)
+        num_workers = sum(b"forkserver" in soak.read_command(pid) for pid in helpers) - 1  # one is the server
+        os.kill(rank, signal.SIGKILL)
+        os.waitpid(rank, 0)
+    assert num_workers >= 2
+    deadline = time.monotonic() + 30
+    while any(map(soak.read_command, helpers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in helpers if soak.read_command(pid)]
+    soak.kill(left)
+    assert not left
+
+
 def test_the_comparison_of_a_soak_sees_a_changed_bit_and_a_missing_step(pedestrians, tmp_path):
     for name in ("a", "b"):
         run(1, pedestrians, tmp_path / name, f"{SMALL} {PLAIN} TRAIN.MAX_STEPS 3")

@@ -28,6 +28,7 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
+from ..failure import end_with_parent
 from ..preemption import withheld
 from .decode import UNREADABLE, decode, printable, why
 
@@ -170,7 +171,7 @@ class _TorchImages(Images):
     ) -> None:
         # A fork of this process would inherit locks that other threads hold (DALI, CUDA, OpenMP). The fork server is
         # a clean process that has imported torch and what the main module imports (a worker imports that first), so
-        # a worker starts in milliseconds. It stays, idle, until this process ends.
+        # a worker starts in milliseconds. It stays, idle, until this process and its workers end.
         context = None
         if num_workers > 0:
             main = getattr(sys.modules["__main__"], "__spec__", None)
@@ -182,6 +183,7 @@ class _TorchImages(Images):
             sampler=requests,
             num_workers=num_workers,
             multiprocessing_context=context,
+            worker_init_fn=end_with_parent if num_workers > 0 else None,
             pin_memory=pin,
         )
         with withheld() if num_workers > 0 else nullcontext():

@@ -11,9 +11,9 @@ averages them over groups, forwards (micro-batches) and ranks and moves the buff
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,31 +155,41 @@ def batch_norms(model: nn.Module) -> list[GroupBatchNorm]:
     return [m for m in model.modules() if isinstance(m, GroupBatchNorm)]
 
 
-@torch.no_grad()
-def update_running_stats(norms: list[GroupBatchNorm], bad: torch.Tensor) -> None:  # all ranks
-    """Moves the buffers by the statistics noted since the last call, averaged over all groups of all ranks.
+class Noted(NamedTuple):
+    """Statistics on their way to the running ones: of which layers, and what waits for their means over ranks."""
 
-    bad: scalar on the device; where it is 1.0 the buffers stay as they are. One all-reduce for all layers (0.2 MB for
-    ResNet-50) and a few launches, whatever their number.
+    norms: list[GroupBatchNorm]
+    means: Callable[[], list[torch.Tensor]]  # (2, C) of each layer
+
+
+@torch.no_grad()
+def begin_running_stats(norms: list[GroupBatchNorm]) -> Noted:  # all ranks
+    """Takes what the forwards since the last call have noted, and starts to average it over all groups of all ranks.
+
+    One all-reduce for all layers (0.2 MB for ResNet-50), which runs beside the backward.
     """
     norms = [m for m in norms if m.noted]  # those of a frozen backbone have seen nothing
+    stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # all groups are equally large
+    for m in norms:
+        m.noted.clear()
+    return Noted(norms, dist.begin_average(stats))
+
+
+@torch.no_grad()
+def update_running_stats(noted: Noted, bad: torch.Tensor) -> None:
+    """Moves the buffers by the statistics; a few launches, whatever the number of layers.
+
+    bad: scalar on the device; where it is 1.0 the buffers stay as they are.
+    """
+    norms, stats = noted.norms, noted.means()
     if not norms:
         return
-    stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # (2, C) each; all groups are equally large
-    dist.average_(stats)
     buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
     # lerp towards a buffer's own value leaves every bit; a factor of 0 would make 0 x NaN.
     goals = torch.where(bad > 0, torch.cat(buffers), torch.cat([row for s in stats for row in s]))
     goals = goals.split([len(b) for b in buffers])
     torch._foreach_lerp_(buffers, goals, [m.momentum for m in norms for _ in range(2)])
     torch._foreach_add_([m.num_batches_tracked for m in norms], (bad == 0).long())
-    forget_stats(norms)
-
-
-def forget_stats(norms: list[GroupBatchNorm]) -> None:
-    """Drops what was noted: the forward was a rehearsal."""
-    for m in norms:
-        m.noted.clear()
 
 
 @contextmanager
