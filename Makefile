@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO)/runs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 -m reid_dist.train \
 	    --cfg configs/demo.yaml --root $(DEMO)/data --output $(DEMO)/runs
-	@echo "report: $(CURDIR)/$(DEMO)/runs/market1501/demo (ranked_lists.png, metrics.jsonl, result.json)"
+	@echo "open $(CURDIR)/$(DEMO)/runs/market1501/demo/report/index.html"
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
