@@ -50,6 +50,15 @@ def test_every_path_of_every_layout_is_an_image(tmp_path, name):
 # --- names that carry pid and camera ----------------------------------------------------------------------------------
 
 
+def test_a_camera_of_the_gallery_alone_has_the_same_name_for_the_queries(tmp_path):
+    root = layouts.market1501(tmp_path)
+    last = sorted((root / "bounding_box_test").glob("*.jpg"))[-1]
+    last.rename(last.with_name("0001_c987654_000001_00.jpg"))
+    raw = read("market1501", root)
+    assert raw.gallery.camids.max() == 987653 > raw.query.camids.max()
+    assert raw.query.camid_name(987653) == raw.gallery.camid_name(987653) == "987654"
+
+
 def test_market1501_with_distractors(tmp_path):
     raw = read("market1501_500k", layouts.market1501_500k(tmp_path))
     assert len(raw.gallery) == 5 and names_of(raw.gallery)[2:] == [

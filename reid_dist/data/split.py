@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .decode import printable
+
 
 @dataclass(frozen=True)
 class Split:
@@ -19,7 +21,8 @@ class Split:
 
     roots: folders; files: (n,) bytes relative to roots[sources[i]]; pids: (n,) int64; camids: (n,) int64, or None where
     the data set has no camera ids; sources: (n,) uint8, or None where there is one root only; pid_names, camid_names:
-    bytes that pids and camids are indices of, or None where they are the data set's own numbers.
+    bytes that pids and camids are indices of, or None where they are the data set's own numbers. first_camid: the data
+    set's own number of camid 0.
     """
 
     roots: tuple[str, ...]
@@ -29,6 +32,7 @@ class Split:
     sources: np.ndarray | None = None
     pid_names: np.ndarray | None = None
     camid_names: np.ndarray | None = None
+    first_camid: int = 0
 
     def __len__(self) -> int:
         return len(self.files)
@@ -39,12 +43,14 @@ class Split:
         return f"{root}/{os.fsdecode(bytes(self.files[i]))}"
 
     def pid_name(self, pid: int) -> str:
-        """A pid as the data set writes it."""
-        return str(pid) if self.pid_names is None else os.fsdecode(bytes(self.pid_names[pid]))
+        """A pid as the data set writes it; bytes that are no text are written as escapes."""
+        return str(pid) if self.pid_names is None else printable(os.fsdecode(bytes(self.pid_names[pid])))
 
     def camid_name(self, camid: int) -> str:
-        """A camera as the data set writes it."""
-        return str(camid) if self.camid_names is None else os.fsdecode(bytes(self.camid_names[camid]))
+        """A camera as the data set writes it, likewise."""
+        if self.camid_names is None:
+            return str(camid + self.first_camid)
+        return printable(os.fsdecode(bytes(self.camid_names[camid])))
 
     def title(self, i: int) -> str:
         """Who is in image i, seen by which camera: 'pid 7 cam 2'."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..split import Split, join
-from .files import Options, Published, RawDataset, counted_from_1, find_folder, list_images, parse_names, read_three
+from .files import Options, Published, RawDataset, find_folder, list_images, parse_names, read_three
 
 FOLDERS = (
     "Market", "Market-1501-v15.09.15", "market1501", "Market-1501", "Market1501",
@@ -56,6 +56,5 @@ def read_market1501_500k(root: Path, options: Options) -> RawDataset:
     if abs(len(names) - NUM_DISTRACTORS) > NUM_DISTRACTORS // 100:
         notes.append(f"{len(names):,} distractors; published: about {NUM_DISTRACTORS:,}")
     published: Published = PUBLISHED | {"gallery": (None, 751)}
-    gallery = join([raw.gallery, distractors])
-    gallery = replace(gallery, camid_names=counted_from_1(gallery.cameras))
+    gallery = replace(join([raw.gallery, distractors]), first_camid=raw.gallery.first_camid)
     return raw._replace(gallery=gallery, published=published, notes=tuple(notes))
