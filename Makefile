@@ -17,6 +17,7 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 -m reid_dist.train \
 	    --cfg configs/demo.yaml --root $(DEMO)/data --output $(DEMO)/runs
 	@echo "open $(CURDIR)/$(DEMO)/runs/market1501/demo/report/index.html"
+	@echo "first     . $(VENV)/bin/activate    (then the commands above are found)"
 
 test: $(VENV)/.installed
 	$(BIN)/pytest

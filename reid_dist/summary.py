@@ -49,7 +49,7 @@ def summary(
     if resumed:
         lines.append(f"resume    after step {step} (epoch {step / plan.num_steps:.2f})")
     if step >= last_step:
-        lines.append("resume    the run is complete: nothing is left to train")
+        lines.append("resume    the run is complete: nothing is left to train; a higher TRAIN.MAX_EPOCH goes on")
     lines += [f"note      {note}" for note in index.notes]
     return lines + [f"warning   {text}" for text in warnings(cfg, w, yaml_keys)]
 

@@ -171,11 +171,12 @@ def test_out_that_cannot_be_made_is_one_line(tmp_path, capsys):
 def test_finished_set_is_left_alone(tmp_path, capsys, monkeypatch):
     out = tmp_path / "deep" / "set"
     assert main(flags(out=out, **SMALL)) == 0
-    assert capsys.readouterr().out == f"{out}: drawn\n"
+    following = f"next      python -m reid_dist.train --cfg configs/demo.yaml --root {out}\n"
+    assert capsys.readouterr().out == f"{out}: drawn\n{following}"
     before = contents(tmp_path)
     monkeypatch.setattr(synthetic, "draw_image", lambda *_: pytest.fail("drew again"))
     assert main(flags(out=out, **SMALL)) == 0
-    assert capsys.readouterr().out == f"{out}: holds this data set already\n"
+    assert capsys.readouterr().out == f"{out}: holds this data set already\n{following}"
     for change in ({"seed": 1}, {"ids": 4}, {"cams": 3}, {"images": 3}, {"difficulty": 2}):
         assert main(flags(out=out, **(SMALL | change))) == 2
         assert "holds the data set" in capsys.readouterr().err

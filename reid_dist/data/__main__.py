@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,11 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(describe(report, SHOWN) for report in reports))
     names = "check.txt, check.json" + (" and the pictures" if args.plot else "")
     print(f"{num_files:,} files in {seconds:.1f} s with {args.workers} processes; {names}: {folder}")
-    return max((report.verdict for report in reports), default=GOOD)
+    verdict = max((report.verdict for report in reports), default=GOOD)
+    if verdict != UNUSABLE:
+        which = shlex.join(["--dataset", cfg.DATA.DATASET, "--root", cfg.DATA.ROOT])
+        print(f"next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml {which}")
+    return verdict
 
 
 def read_command(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:

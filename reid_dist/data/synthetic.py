@@ -19,6 +19,7 @@ import argparse
 import colorsys
 import json
 import math
+import shlex
 import shutil
 import sys
 import uuid
@@ -570,6 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reid_dist: error: {problem}", file=sys.stderr)
         return 2
     print(f"{args.out}: {'holds this data set already' if there else 'drawn'}")
+    print(f"next      python -m reid_dist.train --cfg configs/demo.yaml --root {shlex.quote(str(args.out))}")
     return 0
 
 
