@@ -202,7 +202,7 @@ def build_network(cfg: Any, num_pids: int, world: dist.World) -> ReIDModel:
     rows = classifier_rows(num_pids, m.CLASSIFIER_SHARDED, world.rank, world.world_size)
     cosine = uses_cosine(cfg.LOSS.CLA_LOSS)
     head = {"bnneck": m.HEAD == "bnneck", "pool": m.POOL, "embed_dim": m.EMBED_DIM, "non_local": m.NON_LOCAL}
-    options = {"variant": m.IANET.VARIANT}
+    options = {"variant": m.IANET.VARIANT, "image_size": (cfg.DATA.HEIGHT, cfg.DATA.WIDTH)}
     sharded = m.CLASSIFIER_SHARDED
     model = build_model(m.NAME, m.FEATURE_DIM, rows, cosine, m.RES4_STRIDE, cfg.SEED, sharded, **head, **options)
     group_batch_norms(model, m.BN_GROUP or cfg.DATA.TRAIN_BATCH)

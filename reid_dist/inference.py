@@ -53,7 +53,8 @@ class Facts:
 
     @property
     def feature_dim(self) -> int:
-        return self.cfg.MODEL.FEATURE_DIM
+        """D, the width of what comes out."""
+        return self.cfg.MODEL.EMBED_DIM or self.cfg.MODEL.FEATURE_DIM
 
     @property
     def network_config(self) -> str:

@@ -75,7 +75,8 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     saved, notes = dist.agreed(find_checkpoint, cfg, index)
     dist.agreed(compare_steps, dist.gather_objects(saved["step"] if saved else None))
     model = dist.agreed(build_network, cfg, index.num_pids, world)
-    notes += [] if saved else load_pretrained(model, cfg.MODEL.NAME, cfg.MODEL.PRETRAINED, world)
+    size = (cfg.DATA.HEIGHT, cfg.DATA.WIDTH)
+    notes += [] if saved else load_pretrained(model, cfg.MODEL.NAME, size, cfg.MODEL.PRETRAINED, world)
 
     objective = build_objective(cfg, index.num_pids, world)
     opt = cfg.TRAIN.OPTIMIZER

@@ -123,9 +123,3 @@ def test_active_dropout_is_an_error():
     MODELS["dropping"] = Backbone(lambda stride: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.0)), 8)
     build_model("dropping", 8, range(3), cosine=False)
     del MODELS["dropping"]
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_timm_networks_without_a_feature_map_are_told_apart(name):
-    with pytest.raises(ValueError, match=r"gives no \(B, D, h, w\) map"):
-        find_backbone(f"timm/{name}")

@@ -26,6 +26,7 @@ class Backbone:
     feature_dim: int
     fetch: Callable[[], dict] | None = None
     keywords: tuple[str, ...] = ()  # what build takes of the options of `build_model`
+    is_pooled: bool = False  # it gives a vector (B, D), as networks of tokens do
 
 
 MODELS: dict[str, Backbone] = {
@@ -56,12 +57,13 @@ class ReIDModel(nn.Module):
         classifier: nn.Module,
         sharded: bool,
         bnneck: bool = False,
-        pool: str = "avg",
+        pool: nn.Module | None = None,
         embed_dim: int = 0,
     ):
+        """pool: of POOLS; None: the backbone's output is a vector already."""
         super().__init__()
         self.backbone = backbone
-        self.pool = POOLS[pool]()
+        self.pool = pool or nn.Identity()
         self.embed: nn.Module = nn.Identity()
         if embed_dim:
             self.embed = nn.Linear(feature_dim, embed_dim, bias=False)
@@ -90,13 +92,16 @@ class ReIDModel(nn.Module):
         return pooled if self.bnneck else feats, None if self.sharded else self.classifier(feats)
 
 
-def find_backbone(name: str) -> Backbone:
-    """The row of MODELS, or one made for a timm name. Raises ValueError for a name that timm does not know."""
+def find_backbone(name: str, image_size: tuple[int, int] = (256, 128)) -> Backbone:
+    """The row of MODELS, or one made for a timm name and images of (height, width) pixels.
+
+    Raises ValueError for a timm name that there is not, or that cannot be used.
+    """
     if name in MODELS:
         return MODELS[name]
     from .timm_backbone import timm_row
 
-    return timm_row(name.removeprefix("timm/"))
+    return timm_row(name.removeprefix("timm/"), image_size)
 
 
 def build_model(
@@ -112,18 +117,22 @@ def build_model(
     pool: str = "avg",
     embed_dim: int = 0,
     non_local: bool = False,
+    image_size: tuple[int, int] = (256, 128),
     **options: Any,
 ) -> ReIDModel:
     """A fresh network with the weights of `seed`, the same on every rank. rows: the identities of its classifier.
 
-    options: variant (of IANet); a network takes those that its row of MODELS names.
+    image_size: (height, width) in pixels, which some of timm's networks are built for. options: variant (of IANet); a
+    network takes those that its row of MODELS names.
 
-    Raises ValueError for an unknown name, for active dropout, and when feature_dim (MODEL.FEATURE_DIM) is not the
-    network's width.
+    Raises ValueError for an unknown name, for active dropout, for a pool where there is no map, and when feature_dim
+    (MODEL.FEATURE_DIM) is not the network's width.
     """
-    row = find_backbone(name)
+    row = find_backbone(name, image_size)
     if row.feature_dim != feature_dim:
         raise ValueError(f"MODEL.FEATURE_DIM {feature_dim}: expected {row.feature_dim}, the width of MODEL.NAME {name}")
+    if row.is_pooled and pool != "avg":
+        raise ValueError(f"MODEL.POOL {pool!r} with MODEL.NAME {name}: it pools its tokens itself; expected avg")
     classifier = (CosineClassifier if cosine else LinearClassifier)(embed_dim or feature_dim, rows, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -131,7 +140,8 @@ def build_model(
         backbone = row.build(last_stride, **chosen)
         if non_local:
             add_non_local(backbone, name)
-        model = ReIDModel(backbone, feature_dim, classifier, sharded, bnneck, pool, embed_dim)
+        pooling = None if row.is_pooled else POOLS[pool]()
+        model = ReIDModel(backbone, feature_dim, classifier, sharded, bnneck, pooling, embed_dim)
     check_no_dropout(model, name)
     return model
 

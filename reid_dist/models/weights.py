@@ -36,29 +36,32 @@ class WeightFile(NamedTuple):
     sha256: str
 
 
-def load_pretrained(model: ReIDModel, name: str, source: str, world: World) -> list[str]:  # all ranks
+def load_pretrained(
+    model: ReIDModel, name: str, image_size: tuple[int, int], source: str, world: World
+) -> list[str]:  # all ranks
     """Loads MODEL.PRETRAINED `source` ('', 'imagenet' or a file) into the backbone; returns lines for the log.
 
-    One process per node fetches ImageNet weights into the cache, the others wait and read them there.
+    name, image_size: as `build_model` took them. One process per node fetches ImageNet weights into the cache, the
+    others wait and read them there.
     """
     if not source:
         return []
     if source == "imagenet":
-        if find_backbone(name).fetch is None:
+        if find_backbone(name, image_size).fetch is None:
             fail(f"MODEL.PRETRAINED 'imagenet': there are no such weights for MODEL.NAME {name}; expected ''")
         if world.local_rank == 0:
-            weights = agreed(fetch_imagenet, name)
+            weights = agreed(fetch_imagenet, name, image_size)
         else:
             agreed(lambda: None)
-        weights = agreed(fetch_imagenet, name) if world.local_rank > 0 else agreed(lambda: weights)
+        weights = agreed(fetch_imagenet, name, image_size) if world.local_rank > 0 else agreed(lambda: weights)
     else:
         weights = agreed(read_weights, source)
     return agreed(fill, model, weights, f"MODEL.PRETRAINED {source!r}")
 
 
-def fetch_imagenet(name: str) -> Tensors:
+def fetch_imagenet(name: str, image_size: tuple[int, int]) -> Tensors:
     """Raises ValueError with the reason when the weights are neither in the cache nor to be had."""
-    fetch = find_backbone(name).fetch
+    fetch = find_backbone(name, image_size).fetch
     assert fetch is not None
     try:
         return fetch()
@@ -83,7 +86,7 @@ def read_weight_file(path: str, key: str) -> WeightFile:
         raise ValueError(f"{key} {path!r}: expected an existing file of weights")
     state: Any
     metadata: dict[str, str] = {}
-    if path.endswith(".safetensors"):
+    if is_safetensors(path):
         state, metadata = read_safetensors(path, key)
     else:
         state = read_pickle(path, key)
@@ -100,6 +103,12 @@ def read_weight_file(path: str, key: str) -> WeightFile:
         config if isinstance(config, str) else "",
         file_hash(path),
     )
+
+
+def is_safetensors(path: str) -> bool:
+    """By the name, or by the content: the length of a header in 8 bytes, then the header, JSON."""
+    with Path(path).open("rb") as stream:
+        return path.endswith(".safetensors") or stream.read(9)[8:] == b"{"
 
 
 def read_safetensors(path: str, key: str) -> tuple[Tensors, dict[str, str]]:
