@@ -92,6 +92,8 @@ def test_the_table_shows_mean_spread_and_what_was_not_run(tmp_path):
     assert len(lines) == 2 + 20 and sum("| not run |" in line for line in lines) == 18
     [market] = [line for line in lines if "circle_paircircle | Market" in line]
     assert "| 94.7 / 87.3 | 95.0 ± 1.0 / 86.0 ± 0.0 | 0, 1, 2 (n = 3) | fp32, auto, auto |" in market
+    other = make_run(tmp_path / "other", MODEL__PRETRAINED="/w/best.pt", TEST__PRECISION="bf16")
+    assert "| fp32, bf16, auto, auto, from best.pt |" in build_table([read_run(other)])
     [msmt] = [line for line in lines if "res50_ce_triplet | MSMT17" in line]
     assert "| 78.9 / 57.0 | 80.0 / 57.0 | 0 (n = 1) |" in msmt
 

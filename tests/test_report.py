@@ -233,6 +233,14 @@ def test_a_page_that_fails_is_a_line(tmp_path, capsys):
     assert line.startswith("report: not built: ValueError: no such plot; python -m reid_dist.report ")
 
 
+def test_the_real_building_says_why_it_failed_and_leaves_its_log(tmp_path):
+    page = PageBuilder(tmp_path)
+    assert page.build() == []
+    [line] = page.finish()
+    assert line.startswith("report: not built: ") and str(tmp_path) in line
+    assert page.finish() == [] and page.log.exists()
+
+
 def test_a_page_that_hangs_is_given_up(tmp_path):
     page = builder(tmp_path, "import time; time.sleep(60)")
     assert page.build() == []

@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     args = p.parse_args(argv)
     if not args.runs and not args.table:
         p.error("expected a RUN, the folder of a run")
+    if args.out and len(args.runs) < 2 and not args.table:
+        p.error(f"--out {args.out!r}: expected several RUNs or --table; a run's page is its report/index.html")
     try:
         runs = [read_run(folder) for folder in args.runs]
         if args.table:

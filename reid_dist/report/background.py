@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 FINISH_S = 60.0  # so long the end of a run waits for its page
-BUILD = "import os, sys; os.nice(10); from reid_dist.report.__main__ import main; main(sys.argv[1:])"
+BUILD = "import os, sys; os.nice(10); from reid_dist.report.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
 class PageBuilder:
@@ -69,10 +70,16 @@ class PageBuilder:
 
     def _ended(self) -> list[str]:
         process, self.process = self.process, None
-        if process is None or process.returncode == 0:
-            self.log.unlink(missing_ok=True)
+        if process is None:
             return []
-        said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.exists() else []
+        said: list[str] = []
+        with suppress(OSError):  # a disk that fails must not end the training
+            if process.returncode == 0:
+                self.log.unlink()
+            else:
+                said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if process.returncode == 0:
+            return []
         reason = said[-1] if said else f"exit code {process.returncode}"
         return [f"report: not built: {reason}; {self._by_hand()}"]
 

@@ -13,6 +13,7 @@ from .console import METRICS
 from .markup import escape, page, per_cent, table
 from .page import best_of, column, series, time_axis
 from .plots import Line, curves
+from .results import PART_OF_THE_ROW
 from .run import PAGE, Run
 
 CURVES: tuple[tuple[str, str, dict[str, bool]], ...] = (
@@ -68,7 +69,7 @@ def differences(names: list[str], runs: list[Run]) -> str:
     # Where a run lies and what it is called is seen above already.
     keys = [key for key in keys if key not in ("TAG", "OUTPUT", "MODEL.RESUME")]
     differing = [key for key in keys if len({repr(run.config.get(key, UNSET)) for run in runs}) > 1]
-    differing.sort(key=lambda key: key in FREE_ON_RESUME)
+    differing.sort(key=lambda key: key in FREE_ON_RESUME and key not in (*PART_OF_THE_ROW, "MODEL.PRETRAINED"))
     if not differing:
         return "<p>Their configs are the same.</p>"
     rows = [[key, *(run.config.get(key, UNSET) for run in runs)] for key in differing]

@@ -248,6 +248,8 @@ def draw_ranked_lists(
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from ..data.decode import decode
+
     width, height, gap, caption, frame = 64, 128, 12, 30, 4
     columns = 1 + max(len(answers) for *_, answers in rows)
     size = (gap + columns * (width + gap) + gap, 28 + len(rows) * (height + caption + gap))
@@ -262,8 +264,7 @@ def draw_ranked_lists(
             x = gap + column * (width + gap) + (gap if column else 0)
             y = 28 + caption + line * (height + caption + gap)
             draw.rectangle((x - frame, y - frame, x + width + frame - 1, y + height + frame - 1), colour)
-            with Image.open(image_path) as image:
-                sheet.paste(image.convert("RGB").resize((width, height)), (x, y))
+            sheet.paste(decode(image_path).resize((width, height)), (x, y))
             top = y - frame - 13 * text.count("\n") - 14
             draw.multiline_text((x - frame, top), text, colour, font, spacing=1)
     write_atomic(file, lambda part: sheet.save(part, format="PNG"))

@@ -124,10 +124,11 @@ def thumbnail(path: str, heat: tuple[tuple[float, ...], ...] | None = None) -> s
     """A small JPEG in base64; '' for a file that is gone or cannot be decoded."""
     from PIL import Image
 
+    from ..data.decode import UNREADABLE, decode
+
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB").resize(THUMBNAIL)
-    except (OSError, ValueError, SyntaxError):
+        small = decode(path).resize(THUMBNAIL)
+    except UNREADABLE:
         return ""
     if heat:
         small = Image.blend(small, heat_map(heat), 0.5)

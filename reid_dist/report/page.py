@@ -86,10 +86,12 @@ def key_figures(run: Run) -> str:
         row: dict[str, Any] = next(iter(run.details.get("sets", [])), {})
         return numbers([(m, per_cent(row[m])) for m in METRICS if m in row])
     events = next(iter(by_name.values()))
-    last, best = events[-1], best_of(events, run.config.get("TEST.BEST_METRIC", "rank1"))
+    metric = run.config.get("TEST.BEST_METRIC", "rank1")
+    last, best = events[-1], best_of(events, metric)
+    other = "mAP" if metric == "rank1" else "rank1"
     pairs = [(f"{m}, epoch {last['epoch']}", per_cent(last[m])) for m in METRICS]
     return numbers(
-        [*pairs, (f"best rank1, epoch {best['epoch']} (mAP {per_cent(best['mAP'])})", per_cent(best["rank1"]))]
+        [*pairs, (f"best {metric}, epoch {best['epoch']} ({other} {per_cent(best[other])})", per_cent(best[metric]))]
     )
 
 
@@ -292,7 +294,7 @@ def environment(run: Run) -> str:
     last = starts[-1]
     ranks = last["world_size"]
     rows = [
-        ["ranks", f"{ranks} on {last['device']}" + (f", {last['nodes']} nodes" if last["nodes"] > 1 else "")],
+        ["ranks", f"{ranks} on {last['device']}" + (f", {last['nodes']} nodes" if last.get("nodes", 1) > 1 else "")],
         ["system", last["system"]],
         ["git revision", last["revision"] or "not a checkout"],
         *([name, version] for name, version in last["versions"].items()),

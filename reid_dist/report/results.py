@@ -53,7 +53,10 @@ ROWS = (
 SIZES = {"market1501": (3368, 15913), "msmt17": (11659, 82161)}  # queries, gallery images of the whole test sets
 TITLES = {"market1501": "Market-1501", "msmt17": "MSMT17"}
 # What may differ from a row's config: SEED, most of what FREE_ON_RESUME names, and what rounds differently, as noted.
-ROUNDING = ("TRAIN.PRECISION", "DATA.PIPELINE", "DATA.DECODE_DEVICE")
+ROUNDING = ("TRAIN.PRECISION", "TEST.PRECISION", "TEST.FEATURE_DTYPE", "DATA.PIPELINE", "DATA.DECODE_DEVICE")
+# What FREE_ON_RESUME names and makes a run another one all the same; MODEL.PRETRAINED, which may be the path of the
+# usual ImageNet weights, is noted.
+PART_OF_THE_ROW = ("TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.ALLOW_CHANGES")
 
 
 def place(run: Run) -> tuple[str, str]:
@@ -81,8 +84,7 @@ def place(run: Run) -> tuple[str, str]:
 def differing(run: Run, wanted: Row) -> list[str]:
     """'KEY value, not value' for each key that defines the mathematics and is another than the row's."""
     usual = flatten(defaults()) | wanted.keys
-    # How long a run is may change when it is resumed, and is a part of the row all the same.
-    ignored = {*FREE_ON_RESUME, *ROUNDING, "SEED", "DATA.DATASET"} - {"TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+    ignored = {*FREE_ON_RESUME, *ROUNDING, "SEED", "DATA.DATASET"}.difference(PART_OF_THE_ROW)
     return [
         f"{k} {run.config[k]!r}, not {v!r}"
         for k, v in usual.items()
@@ -123,8 +125,15 @@ def measured(runs: list[Run]) -> list[str]:
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         values.append(f"{statistics.mean(found):.1f}{spread}")
     seeds = sorted({run.config["SEED"] for run in runs})
-    how = sorted({", ".join(str(run.config[key]) for key in ROUNDING) for run in runs})
+    how = sorted({", ".join(made_with(run)) for run in runs})
     return [" / ".join(values), f"{', '.join(map(str, seeds))} (n = {len(runs)})", "; ".join(how)]
+
+
+def made_with(run: Run) -> list[str]:
+    """What may differ between runs of a row and is noted."""
+    weights = run.config.get("MODEL.PRETRAINED", "imagenet")
+    values = [str(run.config[key]) for key in ROUNDING if run.config.get(key)]
+    return values if weights == "imagenet" else [*values, f"from {Path(weights).name or 'random weights'}"]
 
 
 def write_table(runs: list[Run], file: Path) -> Path:
