@@ -58,7 +58,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--root", type=Path, help="real 64x128 images: a folder with bounding_box_train")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--images", type=int, default=1536, help="measured in each round")
+    p.add_argument("--images", type=int, default=1024, help="measured in each round")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--sets", default="64x128,120x300,crops of 1080p", help="which tables, by their names")

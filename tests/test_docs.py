@@ -43,6 +43,8 @@ def workshop(pedestrians, tmp_path_factory):
             file = folder / "people" / here / pid / f"{camera[:2]}_{'_'.join(rest)}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, file)
+    [table] = [fence.text for fence in fences("docs/data.md") if fence.title == "make_manifest.py"]
+    assert in_child(folder, lambda: exec(table, {}))[0] == 0
     run(1, folder / "DATA", folder, f"{SMALL} {TINY} TRAIN.PRECISION fp32 TRAIN.MAX_STEPS 2")
     shutil.copytree(folder / "market1501/t", folder / "build/demo/runs/market1501/demo")
     shutil.move(folder / "market1501/t", folder / "RUN")

@@ -13,7 +13,7 @@ FOLDERS = (
 )  # fmt: skip
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 # The frame belongs to the pattern: the folders are called as Market-1501's, which must not be read as this set.
-NAME = re.compile(rb"(\d{1,18})_c(\d{1,18})_f\d+")
+NAME = re.compile(rb"(\d+)_c(\d+)_f\d+")
 PUBLISHED: Published = {"train": (16522, 702), "query": (2228, 702), "gallery": (17661, 1110)}
 
 

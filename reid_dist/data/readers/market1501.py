@@ -16,7 +16,7 @@ FOLDERS = (
     "market1501/Market-1501-v15.09.15", "Market-1501/Market-1501-v15.09.15",
 )  # fmt: skip
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
-NAME = re.compile(rb"(-?\d{1,18})_c(\d{1,18})(?!\d)")
+NAME = re.compile(rb"(-?\d+)_c(\d+)")
 PUBLISHED: Published = {"train": (12936, 751), "query": (3368, 750), "gallery": (15913, 751)}
 DISTRACTORS = ("distractors_500k", "images", "distractors")
 NUM_DISTRACTORS = 500_000

@@ -9,7 +9,7 @@ from .files import Options, Published, RawDataset, find_folder, read_three
 
 FOLDERS = ("VeRi", "veri", "VeRi-776", "VeRi776", "veri776", "VeRi-776/VeRi", "veri/VeRi")
 SPLITS = ("image_train", "image_query", "image_test")
-NAME = re.compile(rb"(\d{1,18})_c(\d{1,18})(?!\d)")
+NAME = re.compile(rb"(\d+)_c(\d+)")
 # Papers give the training set 576 identities; toolboxes count 575 in the archive.
 PUBLISHED: Published = {"train": (37778, None), "query": (1678, 200), "gallery": (11579, 200)}
 
