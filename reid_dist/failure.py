@@ -42,6 +42,15 @@ def end_with_torchrun() -> None:
             end_now(1)
 
 
+def end_with_starter(pid: int) -> None:
+    """Has the kernel end this process when the thread that started it ends, one of process `pid` (Linux only)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != pid:  # it had ended before that call
+            end_now(1)
+
+
 def end_with_parent(worker: int) -> None:
     """In a process from multiprocessing's fork server: has it end once the process that asked for it is gone.
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,6 +248,24 @@ def test_a_page_that_hangs_is_given_up(tmp_path):
     process, begin = page.process, time.monotonic()
     [line] = page.finish(0.2)
     assert "not ready after 0 s" in line and time.monotonic() - begin < 5 and process.returncode != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the process on Linux only")
+def test_a_page_is_not_built_any_longer_than_its_training_lives(tmp_path):
+    code = (
+        "import os, sys, time; from pathlib import Path; from reid_dist.report import PageBuilder, background\n"
+        "background.BUILD = background.BUILD.replace('build_beside()', "
+        "'import reid_dist.report.__main__ as m, time; m.main = lambda _: time.sleep(60); build_beside()')\n"
+        "page = PageBuilder(Path(sys.argv[1])); page.build(); time.sleep(float(sys.argv[2]))\n"
+        "print(page.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    for seconds in ("0", "2"):  # killed before the process has got so far, and after
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), seconds], capture_output=True, text=True)
+        pid, deadline = int(done.stdout), time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            assert time.monotonic() < deadline, "the process outlives its training"
+            time.sleep(0.05)
 
 
 # --- reading and drawing ----------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ..failure import end_with_starter
+
 FINISH_S = 60.0  # so long the end of a run waits for its page
-BUILD = "import os, sys; os.nice(10); from reid_dist.report.__main__ import main; sys.exit(main(sys.argv[1:]))"
+BUILD = "from reid_dist.report.background import build_beside; build_beside()"
 
 
 class PageBuilder:
@@ -66,7 +68,7 @@ class PageBuilder:
         return []
 
     def command(self) -> list[str]:
-        return [sys.executable, "-c", BUILD, str(self.folder)]
+        return [sys.executable, "-c", BUILD, str(os.getpid()), str(self.folder)]
 
     def _ended(self) -> list[str]:
         process, self.process = self.process, None
@@ -85,3 +87,16 @@ class PageBuilder:
 
     def _by_hand(self) -> str:
         return f"python -m reid_dist.report {self.folder} builds it"
+
+
+def build_beside() -> None:
+    """What the process does: sys.argv[1:] are the training's process id and its folder.
+
+    It ends when the training ends, however that ends: a run that is started again builds pages of its own.
+    """
+    parent, folder = sys.argv[1:]
+    os.nice(10)
+    end_with_starter(int(parent))
+    from .__main__ import main
+
+    sys.exit(main([folder]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,21 @@ def write_page(run: Run) -> Path:
     file = run.folder / PAGE
     file.parent.mkdir(exist_ok=True)
     text = build_page(run)
-    write_atomic(file, lambda part: part.write_text(text, encoding="utf-8"))
+    with alone_in(file.parent):
+        write_atomic(file, lambda part: part.write_text(text, encoding="utf-8"))
     return file
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits while another process is in here for the same folder: a training, or somebody who builds the page."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def build_page(run: Run) -> str:
