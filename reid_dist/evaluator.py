@@ -20,8 +20,9 @@ import torch
 from . import dist, metrics
 from .metrics import EvalResult
 from .ranking import counting
-from .ranking.features import Features, Metric, check, query_labels, shard
-from .ranking.positions import rank_matches
+from .ranking.features import Features, Metric, blocks, check, query_labels, shard
+from .ranking.neighbours import smallest
+from .ranking.positions import TILE_BYTES, rank_matches
 from .ranking.tiles import Shard, to_device
 
 __all__ = ["EvalResult", "Features", "RankedList", "evaluate_features", "extract", "ranked_lists", "shard"]
@@ -119,24 +120,26 @@ def ranked_lists(  # all ranks
     unknown = [index for index in query_rows if index not in place]
     if unknown:
         raise ValueError(f"ranked_lists: query_rows {unknown[:5]}; expected indices of the query list")
-    order = torch.tensor([place[index] for index in query_rows], dtype=torch.int64, device=wanted.device)
+    places = np.array([place[index] for index in query_rows], np.int64)
+    order = torch.from_numpy(places).to(wanted.device)
     feats = dist.all_gather_rows(query.feats[have].to(mine.dtype))[order]
     squares = dist.all_gather_rows(sides.query_squares[have])[order]
 
-    lists = []
-    buffer = mine.new_buffer(1)
-    for i, index in enumerate(query_rows):
-        here = labels.take(slice(place[index], place[index] + 1))
-        tile, form = mine.tile(feats[i : i + 1], buffer)
-        _, columns, junk = mine.matching.same_pid(here)
-        tile[0, to_device(columns[junk], mine)] = form.last
-        row = form.of(tile[0])
-        nearest = counting.lexsort(row, mine.indices)[:k]
-        entries = [row[nearest], mine.indices[nearest], mine.pids[nearest] == int(here.pids[0])]
-        first = dist.all_gather_rows(torch.stack([column.double() for column in entries], 1))
-        first = first[counting.lexsort(first[:, 0], first[:, 1])][:k]
-        first = first[first[:, 0].isfinite()]
-        values = mine.distances(first[:, 0], squares[i].double())
-        numbers, is_match = first[:, 1].long(), first[:, 2].bool()
-        lists.append(RankedList(int(index), numbers.cpu().numpy(), values.cpu().numpy(), is_match.cpu().numpy()))
+    lists: list[RankedList] = []
+    for block in blocks(len(places), max(sides.num_gallery) * mine.dtype.itemsize, TILE_BYTES):
+        here = labels.take(places[block])
+        tile, form = mine.tile(feats[block], mine.new_buffer(len(here.pids)))
+        rows, columns, junk = mine.matching.same_pid(here)
+        tile[to_device(rows[junk], mine), to_device(columns[junk], mine)] = form.last
+        nearest, numbers, _ = smallest(tile, form, mine.indices, k)
+        is_match = mine.pids[nearest] == torch.from_numpy(here.pids).to(mine.device)[:, None]
+        entries = torch.full((len(tile), k, 3), torch.inf, dtype=torch.float64, device=mine.device)
+        entries[:, : numbers.shape[1]] = torch.stack([numbers.double(), mine.indices[nearest].double(), is_match], 2)
+        everyone = dist.all_gather_rows(entries[None], [1] * dist.world_size())
+        for i, (found, square) in enumerate(zip(everyone.transpose(0, 1).flatten(1, 2), squares[block], strict=True)):
+            first = found[counting.lexsort(found[:, 0], found[:, 1])][:k]
+            first = first[first[:, 0].isfinite()]
+            values = mine.distances(first[:, 0], square.double()).cpu().numpy()
+            index, hits = first[:, 1].long().cpu().numpy(), first[:, 2].bool().cpu().numpy()
+            lists.append(RankedList(int(here.indices[i]), index, values, hits))
     return lists

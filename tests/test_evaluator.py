@@ -248,7 +248,8 @@ def list_cases(cases_and_queries, k):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_ranked_lists_equal_a_stable_argsort(world_size):
+def test_ranked_lists_equal_a_stable_argsort(world_size, monkeypatch):
+    monkeypatch.setattr(evaluator, "TILE_BYTES", 3 * 23 * 8)  # three queries at a time
     cases = [make_case(6, 23, 3, 4, 2, kind, seed) for kind in ("integers", "signs", "normal") for seed in range(8)]
     chosen = [[4, 0, 4, 5], [], [1]] * 8
     by_rank = run_ranks(world_size, list_cases, list(zip(cases, chosen, strict=True)), 21)

@@ -8,7 +8,7 @@ import torch
 
 from reid_dist import dist
 from reid_dist.ranking import positions, roc
-from reid_dist.ranking.expansion import Settings, evaluate_expanded, expand
+from reid_dist.ranking.expansion import Settings, evaluate_expanded, expand, without_self
 from reid_dist.ranking.features import Labels
 from reid_dist.ranking.protocols import camera_pairs, draw, pool_queries, single_shot, worst_identities
 from tests.ranks import run_ranks
@@ -87,6 +87,12 @@ def test_expansion_equals_a_dense_reference(world_size, monkeypatch):
         np.testing.assert_allclose(g, wanted_g, rtol=0, atol=1e-12)
         new = Case(wanted_q, wanted_g, case.q_pids, case.g_pids, case.q_camids, case.g_camids, case.metric)
         np.testing.assert_allclose(ap, reference(new)["ap"], rtol=0, atol=1e-6)
+
+
+def test_a_row_is_not_its_own_neighbour():
+    """Also where equal rows stand before it, or have pushed it out."""
+    near = np.array([[0, 1, 2], [0, 1, 2], [0, 1, 3], [3, 0, 1]])
+    assert without_self(near, 2).tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
 
 
 def test_expansion_settings_matter_and_help():
