@@ -160,7 +160,7 @@ _C.GPU = "0"  # no meaning here: CUDA_VISIBLE_DEVICES and --nproc_per_node decid
 _C.OUTPUT = ""  # a run is written to OUTPUT/DATASET/TAG; '' is ./runs
 _C.TAG = "res50-ce-tri"  # name of the run, the last part of its folder
 
-# Keys that may change when a run is resumed, because they do not enter the arithmetic of a training step.
+# Keys that may change when a run is resumed, because they enter neither a training step nor what best.pt is chosen by.
 FREE_ON_RESUME = {
     "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "DATA.CACHE", "DATA.CACHE_GB",
     "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
@@ -168,8 +168,8 @@ FREE_ON_RESUME = {
     "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
     "DIST.START_TIMEOUT_S", "DIST.TIMEOUT_S", "TEST.EVAL_STEP", "TEST.START_EVAL", "WANDB.MODE", "WANDB.PROJECT",
     "WANDB.PICTURES", "WANDB.ARTIFACT", "TENSORBOARD", "REPORT.PAGE", "REPORT.ACTIVATION_MAPS",
-    "TEST.PRECISION", "TEST.FEATURE_DTYPE", "TEST.DETAILS", "TEST.RERANK", "TEST.RERANK_K1", "TEST.RERANK_K2",
-    "TEST.RERANK_LAMBDA", "TEST.EXPAND", "TEST.EXPAND_K", "TEST.EXPAND_ALPHA", "TEST.SINGLE_SHOT",
+    "TEST.DETAILS", "TEST.RERANK", "TEST.RERANK_K1", "TEST.RERANK_K2", "TEST.RERANK_LAMBDA",
+    "TEST.EXPAND", "TEST.EXPAND_K", "TEST.EXPAND_ALPHA", "TEST.SINGLE_SHOT",
     "EVAL_MODE", "GPU", "OUTPUT", "TAG",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..files import write_atomic
 from .background import PageBuilder
 from .run import DETAILS_FILE, METRICS_FILE
-from .services import Service, finish_all
+from .services import UPLOAD_S, Service, finish_all
 
 SETTLED = 20  # steps after which the speed says something
 SLOW_DATA = 0.2  # more waiting for images than this share of the time is said
@@ -83,8 +83,9 @@ class Reporter:
 
     def send(self, method: str, *args: Any) -> None:
         """Calls a method of each logging service that has it, in its own thread; says what went wrong since."""
+        patience_s = UPLOAD_S if method == "artifact" else 0.0
         for service in self.services:
-            service.send(lambda sink: getattr(sink, method, lambda *_: None)(*args))
+            service.send(lambda sink: getattr(sink, method, lambda *_: None)(*args), patience_s)
             for line in service.complaints():
                 self.say(line)
 

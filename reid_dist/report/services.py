@@ -19,6 +19,7 @@ from ..failure import end_now
 from .facts import without_secrets
 
 FINISH_S = 30.0  # so long the end of a run waits for all services together
+UPLOAD_S = 900.0  # where a checkpoint is uploaded: 300 MB at 3 Mbit/s
 MOST_WAITING = 10_000  # calls that wait for a slow service; more are dropped
 
 Call = Callable[[Any], None]
@@ -31,13 +32,15 @@ class Service:
         self.name = name
         self._open, self._calls = open_sink, queue.SimpleQueue[Call | None]()
         self._failure, self._num_dropped, self._told = "", 0, set[str]()
+        self.patience_s = 0.0  # what the end of the run grants it beyond FINISH_S
         self._thread = threading.Thread(target=self._run, name=f"reid_dist-{name}", daemon=True)
         self._thread.start()
 
-    def send(self, call: Call) -> None:
-        """Has call(sink) done some time; returns at once."""
+    def send(self, call: Call, patience_s: float = 0.0) -> None:
+        """Has call(sink) done some time; returns at once. patience_s: so long the run's end waits for it."""
         if self._failure:
             return
+        self.patience_s = max(self.patience_s, patience_s)
         if self._calls.qsize() >= MOST_WAITING:
             self._num_dropped += 1
         else:
@@ -75,10 +78,11 @@ class Service:
 
 
 def finish_all(services: list[Service], in_a_hurry: bool = False) -> None:
-    """Ends all services, within FINISH_S in all; in a hurry within a sixth of it."""
+    """Ends all services, within FINISH_S in all, or longer where one was promised it; in a hurry within a sixth."""
     for service in services:
         service.start_finish()
-    deadline = time.monotonic() + (FINISH_S / 6 if in_a_hurry else FINISH_S)
+    seconds = max([FINISH_S, *(service.patience_s for service in services)])
+    deadline = time.monotonic() + (FINISH_S / 6 if in_a_hurry else seconds)
     for service in services:
         service.finish(deadline)
 
