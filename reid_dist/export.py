@@ -35,6 +35,11 @@ from .models import ReIDModel
 BATCHES = (1, 2, 5)  # tried after the export, which sees a batch of 3
 BOUND = 1e-4
 Run = Callable[[torch.Tensor], torch.Tensor]
+USES = {  # how Python takes a file of each kind
+    ".onnx": "onnxruntime.InferenceSession({!r}).run(None, {{'images': images}})",
+    ".pt2": "torch.export.load({!r}).module()(images)",
+    ".safetensors": "reid_dist.FeatureExtractor({!r})(images)",
+}
 
 
 class Deployed(nn.Module):
@@ -74,6 +79,7 @@ def main(world: dist.World, argv: list[str]) -> None:
     print(f"network   {facts.name}, images of {facts.height}x{facts.width}, features of {network.feature_dim} numbers")
     write_atomic(out, lambda part: print(WRITERS[suffix](network, facts, part, args), flush=True))
     print(f"written   {out}, {out.stat().st_size / 1e6:.1f} MB")
+    print(f"next      {USES[suffix].format(str(out))}")
 
 
 def write_onnx(network: ReIDModel, facts: Facts, part: Path, args: argparse.Namespace) -> str:

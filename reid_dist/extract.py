@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     num, ranks = len(split), f" on {world.world_size} ranks" if world.world_size > 1 else ""
     say(f"extracted {num:,} images in {seconds:.1f} s ({num / seconds:.0f} images/s{ranks})")
     say(f"written   {args.out}: {num:,} x {network.feature_dim} float32, {Path(args.out).stat().st_size / 1e6:.1f} MB")
+    say(f"next      python -m reid_dist.search --gallery {shlex.quote(args.out)} --query IMAGE --html found.html")
 
 
 def extract_share(network: ReIDModel, split: Split, cfg: Any, world: dist.World) -> torch.Tensor:  # all ranks

@@ -32,6 +32,7 @@ SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 @pytest.fixture(scope="module")
 def workshop(pedestrians, tmp_path_factory):
     """A folder with everything that the pages name."""
+    importlib.import_module("reid_dist.report.page")  # matplotlib with it: here once, not in every child
     folder = tmp_path_factory.mktemp("workshop")
     (folder / "configs").symlink_to(Path("configs").resolve())
     shutil.copytree(pedestrians, folder / "DATA")
@@ -53,6 +54,7 @@ def workshop(pedestrians, tmp_path_factory):
     (folder / "docs").mkdir()
     shutil.copy("docs/results.md", folder / "docs")
     shutil.copy(folder / "RUN/checkpoints/best.pt", folder / "best.pt")
+    shutil.copy(next((folder / "DATA/query").glob("*.jpg")), folder / "person.jpg")
     torch.save(simple_reid_checkpoint(), folder / "checkpoint_ep60.pth.tar")
     return folder
 
@@ -127,7 +129,8 @@ def test_flags_exist():
     sources = [*Path("reid_dist").rglob("*.py"), *Path("benchmarks").glob("*.py"), *Path("docs").glob("*.py")]
     known = {flag for file in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', read(file))}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
-    known |= {"--help", "--build-arg", "--device", "--user", "--signal", "--logdir"}  # docker, sbatch, tensorboard
+    # docker, sbatch, tensorboard, wandb
+    known |= {"--help", "--build-arg", "--device", "--user", "--signal", "--logdir", "--append"}
     others = ("sbatch", "SBATCH", "srun", "docker", "podman", "apptainer", "enroot", "pip", "git", "mkdocs", "kubectl")
     unknown = {
         (page, flag)
