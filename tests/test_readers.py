@@ -92,7 +92,7 @@ def test_veri776(tmp_path):
 def test_numbers_that_are_too_long_are_no_names(tmp_path):
     root = layouts.market1501(tmp_path / "market")
     long = "9" * 19
-    layouts.write_images(root / "query", [f"{long}_c1s1_000001_00.jpg", "0001_c1234567s1_000001_00.jpg"])
+    layouts.write_images(root / "query", [f"{long}_c1s1_000001_00.jpg", f"0001_c{long}s1_000001_00.jpg"])
     assert len(read("market1501", root).unparsed) == 2
     msmt = layouts.msmt17(tmp_path) / "MSMT17_V1/list_train.txt"
     msmt.write_text(f"0000/0000_000_01_0303morning_0008_0.jpg {long}\n")

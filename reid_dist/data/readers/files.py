@@ -21,7 +21,7 @@ ENDINGS = (
 )  # fmt: skip
 BLOCK = 1 << 16  # names that are Python objects at a time
 UNPARSED = np.iinfo(np.int64).min
-PID_DIGITS, CAMERA_DIGITS = 18, 6  # at most: what an int64 holds, and cameras that can be counted through
+MOST_DIGITS = 18  # of a pid or a camera: what an int64 holds
 
 # Published sizes: {split: (images, identities)}; None for a number on which publications differ.
 Published = dict[str, tuple[int | None, int | None]]
@@ -102,12 +102,7 @@ def read_named(
         kept &= numbers[:, 0] != junk_pid
     files = np.char.add(os.fsencode(f"{folder}/"), names[kept])
     pids, camids = numbers[kept, 0].copy(), numbers[kept, 1] - 1
-    return Split((str(root),), files, pids, camids, camid_names=counted_from_1(camids)), unparsed
-
-
-def counted_from_1(camids: np.ndarray) -> np.ndarray:
-    """camid_names of cameras that names count from 1: b'1' for camid 0."""
-    return np.arange(1, int(camids.max(initial=0)) + 2).astype(bytes)
+    return Split((str(root),), files, pids, camids, first_camid=1), unparsed
 
 
 def parse_names(names: np.ndarray, pattern: re.Pattern[bytes], folder: str) -> tuple[np.ndarray, list[str]]:
@@ -119,7 +114,7 @@ def parse_names(names: np.ndarray, pattern: re.Pattern[bytes], folder: str) -> t
         found = []
         for name in block:
             match = pattern.match(name)
-            if match is None or len(match[1]) > PID_DIGITS or len(match[2]) > CAMERA_DIGITS:
+            if match is None or max(map(len, match.group(1, 2))) > MOST_DIGITS:
                 unparsed.append(f"{folder}/{os.fsdecode(name)}")
                 found.append((UNPARSED, UNPARSED))
             else:

@@ -20,7 +20,7 @@ MARKET_LIKE = ("bounding_box_train", "query", "bounding_box_test")
 # Not 0002_c1s1_000451_03.jpg (Market-1501) nor 0001_c2_f0046182.jpg (DukeMTMC-reID), whose folders are called alike.
 MARKET_LIKE_NAME = re.compile(rb"(\d+)_c(\d+)(?![\ds]|_f)")
 # 0000/0000_000_01_0303morning_0008_0.jpg 0: the camera is the third field of the name, the number is the label.
-LINE = re.compile(r"(\S*/)?(([^/\s_]+)_([^/\s_]+)_(\d{1,6})_[^/\s]*)\s+(\d{1,18})")
+LINE = re.compile(r"(\S*/)?(([^/\s_]+)_([^/\s_]+)_(\d{1,18})_[^/\s]*)\s+(\d{1,18})")
 PUBLISHED: Published = {"train": (30248, 1041), "query": (11659, 3060), "gallery": (82161, 3060)}
 WITH_VAL: Published = PUBLISHED | {"train": (32621, 1041)}
 
