@@ -3,13 +3,16 @@
 #
 #   launch/two_nodes_local.sh --cfg configs/demo.yaml --root build/demo/data --output /tmp/runs
 #
-# RANKS_PER_NODE=2  ranks of each agent; else half of the GPUs, or 1. Each agent sees its own GPUs alone.
+# RANKS_PER_NODE=2  ranks of each agent; else half of the GPUs, or 1. Each agent sees its own GPUs alone, or none where
+#                   there are not enough for all ranks.
 set -euo pipefail
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS_PER_NODE:-$((gpus > 1 ? gpus / 2 : 1))}
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# With too few GPUs both agents run on the CPU: ranks of one run are all on GPUs or all on the CPU.
+if ((gpus < 2 * ranks)); then CUDA_VISIBLE_DEVICES='' gpus=0; fi
 IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
 
 agents=()
