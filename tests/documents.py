@@ -157,7 +157,9 @@ def check_torchrun(words: list[str], folder: Path) -> None:
 
     args = get_args_parser().parse_args(words)
     ranks = int(args.nnodes.split(":")[-1]) * int(args.nproc_per_node)
-    if args.module:
+    if args.module and args.training_script == "reid_dist.evaluate":
+        run_module([args.training_script, *args.training_script_args], folder)
+    elif args.module:
         assert args.training_script == "reid_dist.train", words
         check_training(args.training_script_args, ranks, folder)
     else:
