@@ -42,6 +42,7 @@ def save_network(name, width, file, height=32, width_px=16):
     torch.save({"format": 2, "model": model.state_dict(), "config": config}, file)
 
 
+@pytest.mark.timeout(400)  # seconds on a quiet machine; the exporter is one long Python program
 @pytest.mark.parametrize("name", NETWORKS)
 def test_onnx_is_the_network(name, tmp_path, capsys):
     pytest.importorskip("onnxscript", reason="torch's ONNX exporter takes onnxscript")

@@ -1,11 +1,13 @@
 """timm's networks: maps, tokens, those that are built for one size of image, those that cannot be used."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
 from reid_dist.models import build_model, find_backbone
+from tests.runs import SMALL, losses_of, run
 
 SIZE = (64, 32)
 WIDTHS = {
@@ -42,6 +44,14 @@ def test_the_feature_is_timms(name):
             torch.testing.assert_close(model.pool(model.backbone(x)), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ranks
+def test_a_network_of_tokens_trains_alike_on_one_and_two_ranks(pedestrians, tmp_path):
+    text = f"{SMALL} MODEL.NAME timm/test_vit MODEL.FEATURE_DIM 64 TRAIN.MAX_STEPS 2 TRAIN.CHECKPOINT_EPOCH 0"
+    one, two = (run(world_size, pedestrians, tmp_path / str(world_size), text)[0] for world_size in (1, 2))
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-9, atol=1e-9)
+    assert np.abs(losses_of(one)[1] - losses_of(one)[0]).max() > 1e-6  # the optimizer did move
+
+
 def test_the_pooling_of_tokens_is_timms():
     for pool in ("gem", "max+avg"):
         with pytest.raises(ValueError, match=rf"MODEL\.POOL '{pool[:3]}.* it pools its tokens itself; expected avg"):
@@ -67,6 +77,7 @@ def test_last_stride_1_leaves_the_kernels_as_they_are():
     [
         ("levit_128s", r"its batch norm stages\.0\.blocks\.0\.attn\.qkv\.bn goes over parts of images"),
         ("inception_v3", r"Kernel size can't be greater than actual input size"),
+        ("halonet26t", r"AssertionError _assert\(H % self\.block_size"),
         ("resnet5o", r"timm has no such network; near ones: .*resnet50"),
     ],
 )

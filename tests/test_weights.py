@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from reid_dist.models import MODELS, build_model, find_backbone
@@ -98,10 +99,14 @@ RESNET50 = {
 def test_resnet50_of_others_gives_their_features(maker, tmp_path):
     state, net, unused = RESNET50[maker]()
     torch.save(state, tmp_path / "w.pth.tar")
+    read = read_weights(str(tmp_path / "w.pth.tar"))
+    save_file({k: v.contiguous() for k, v in read.items()}, tmp_path / "w.safetensors")
+    again = read_weights(str(tmp_path / "w.safetensors"))
+    assert read.keys() == again.keys() and all(torch.equal(v, again[k]) for k, v in read.items())
     model = build_model("resnet50", 2048, range(0), cosine=False, last_stride=2)
     group_batch_norms(model, 32)
     model.eval()
-    lines = fill(model, read_weights(str(tmp_path / "w.pth.tar")), maker, whole=True)
+    lines = fill(model, read, maker, whole=True)
     x = torch.randn(2, 3, 64, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-4)
@@ -142,8 +147,6 @@ def test_mobilenet_v2_of_timm_and_torchvision_is_one_network(back):
 
 
 def test_safetensors_and_pth_are_one(tmp_path):
-    from safetensors.torch import save_file
-
     a, b = (build_model("tiny", 128, range(4), False, seed=s) for s in (0, 1))
     save_file(a.state_dict(), tmp_path / "a.safetensors")
     lines = fill(b, read_weights(str(tmp_path / "a.safetensors")), "x", whole=True)

@@ -8,6 +8,7 @@ and whether it has to be told the size of the images, a trial on the meta device
 from __future__ import annotations
 
 import difflib
+import traceback
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -36,10 +37,17 @@ def timm_row(name: str, image_size: tuple[int, int]) -> Backbone:
         options, feature_dim = find_options(name, image_size)
     except Exception as error:  # noqa: BLE001 - each architecture refuses in its own way
         height, width = image_size
-        text = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        said = str(error) or where_in_timm(error)
+        text = " ".join(f"{type(error).__name__} {said}".split())[:160]
         raise ValueError(f"MODEL.NAME 'timm/{name}': not for images of {height}x{width}: {text}") from None
     is_map = "global_pool" in options
     return Backbone(partial(build_timm, name, options), feature_dim, partial(fetch_timm, name, options), (), not is_map)
+
+
+def where_in_timm(error: Exception) -> str:
+    """The line of timm's that raised an error without a word."""
+    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "/timm/" in frame.filename]
+    return (lines or [""])[-1] or ""
 
 
 def find_options(name: str, image_size: tuple[int, int]) -> tuple[dict[str, Any], int]:
