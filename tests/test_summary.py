@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from reid_dist.config import defaults, set_key
+from reid_dist.report import background
 from reid_dist.summary import after_training, count, warnings
 from tests.runs import SMALL, TINY, run
 
@@ -72,7 +73,8 @@ def test_counts_are_english():
 
 
 @pytest.mark.ranks
-def test_a_run_says_what_it_does_and_what_comes_next(pedestrians, tmp_path, capfd):
+def test_a_run_says_what_it_does_and_what_comes_next(pedestrians, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(background, "FINISH_S", 300.0)  # on a busy machine its low priority makes the page slow
     text = f"{SMALL} {TINY} MODEL.BN_GROUP 4 TRAIN.MAX_STEPS 2 REPORT.PAGE true"
     run(2, pedestrians, tmp_path, text)
     out = capfd.readouterr().out

@@ -38,8 +38,9 @@ class PageBuilder:
             lines += self._start()
         return lines
 
-    def finish(self, seconds: float = FINISH_S) -> list[str]:
-        """Waits for the newest page for so many seconds; after that it is given up."""
+    def finish(self, seconds: float | None = None) -> list[str]:
+        """Waits for the newest page for so many seconds (None: FINISH_S); after that it is given up."""
+        seconds = FINISH_S if seconds is None else seconds
         deadline = time.monotonic() + seconds
         lines = self.poll()
         while self.process is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..config import defaults, flatten
 from ..files import write_atomic
 from ..keys import FREE_ON_RESUME
 from .console import METRICS
@@ -68,14 +69,20 @@ def differences(names: list[str], runs: list[Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     # Where a run lies and what it is called is seen above already.
     keys = [key for key in keys if key not in ("TAG", "OUTPUT", "MODEL.RESUME")]
-    differing = [key for key in keys if len({repr(run.config.get(key, UNSET)) for run in runs}) > 1]
+    configs = [whole_config(run) for run in runs]
+    differing = [key for key in keys if len({repr(config.get(key, UNSET)) for config in configs}) > 1]
     differing.sort(key=lambda key: key in FREE_ON_RESUME and key not in (*PART_OF_THE_ROW, "MODEL.PRETRAINED"))
     if not differing:
         return "<p>Their configs are the same.</p>"
-    rows = [[key, *(run.config.get(key, UNSET) for run in runs)] for key in differing]
+    rows = [[key, *(config.get(key, UNSET) for config in configs)] for key in differing]
     same = len(keys) - len(differing)
     caption = f"Keys that differ, those that define the mathematics first; {same} others are the same"
     return table(["key", *names], rows, caption, text=True)
+
+
+def whole_config(run: Run) -> dict[str, Any]:
+    """A run's config; a key that was not there yet when it was made has its default, which changes nothing."""
+    return flatten(defaults()) | run.config if run.config else {}
 
 
 def results(names: list[str], runs: list[Run]) -> str:

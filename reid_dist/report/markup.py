@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,8 +32,9 @@ nav a { margin-right: .9rem; display: inline-block; }
 .scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
+th { overflow-wrap: break-word; }
 th:first-child, td:first-child, .text th, .text td { text-align: left; }
-.text td { white-space: normal; } tr.mark td, tr.mark th { font-weight: bold; }
+.text td, .text th { white-space: normal; } tr.mark td, tr.mark th { font-weight: bold; }
 @media (max-width: 30rem) { th:first-child { white-space: normal; min-width: 6rem; } }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
   margin-top: 1rem; }
@@ -90,7 +92,7 @@ def table(
     head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in columns)
     body = []
     for i, row in enumerate(rows):
-        cells = [f'<th scope="row">{html.escape(str(row[0]))}</th>']
+        cells = [f'<th scope="row">{breakable(str(row[0])) if text else html.escape(str(row[0]))}</th>']
         for j, value in enumerate(row[1:], 1):
             style = f' style="{styles[i, j]}"' if (i, j) in styles else ""
             cells.append(f"<td{style}>{html.escape(str(value))}</td>")
@@ -102,6 +104,11 @@ def table(
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
         "</table></div>"
     )
+
+
+def breakable(key: str) -> str:
+    """A config key that a narrow screen may break behind its dots and underscores, and nowhere else."""
+    return re.sub(r"([._])", r"\1<wbr>", html.escape(key))
 
 
 def numbers(pairs: Iterable[tuple[str, str]]) -> str:

@@ -243,7 +243,7 @@ def ranked_lists(details: dict[str, Any]) -> str:
 
 def query(row: dict[str, Any]) -> str:
     who = describe(row)
-    asked = f'<div class="person">{person(row, f"query: {who}")}<b>AP {row["ap"]:.2f}</b><br>{escape(who)}</div>'
+    asked = f'<div class="person">{person(row, f"query: {who}")}<b>AP {row["ap"]:.2f}</b><br>{in_lines(who)}</div>'
     items = []
     if row.get("activation"):
         heat = person(row, f"where the network responds in the query: {who}", row["activation"])
@@ -253,7 +253,7 @@ def query(row: dict[str, Any]) -> str:
         words = f"answer {place}, {kind}: {describe(answer)}, distance {answer['distance']:.3f}"
         items.append(
             f'<li class="person {kind}">{person(answer, words)}<b>{sign} {answer["distance"]:.3f}</b><br>'
-            f"{escape(describe(answer))}</li>"
+            f"{in_lines(describe(answer))}</li>"
         )
     return f'<div class="query">{asked}<ol class="answers">{"".join(items)}</ol></div>'
 
@@ -261,6 +261,11 @@ def query(row: dict[str, Any]) -> str:
 def describe(image: dict[str, Any]) -> str:
     """'pid 7 cam 2'."""
     return f"pid {image['pid']}" + (f" cam {image['camera']}" if image["camera"] else "")
+
+
+def in_lines(who: str) -> str:
+    """What `describe` returns, as HTML that is not broken between 'cam' and the camera."""
+    return escape(who).replace(" cam ", " cam&nbsp;")
 
 
 def confused(details: dict[str, Any]) -> str:

@@ -74,6 +74,8 @@ def curves(
             axis.set_xscale("log")
         if markers:  # evaluations, at whole epochs
             axis.xaxis.get_major_locator().set_params(integer=True)
+            if len({x for line in lines for x in line.x}) == 1:
+                axis.set_xlim(lines[0].x[0] - 1, lines[0].x[0] + 1)
         if percent:
             axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         if len(lines) > 1:
