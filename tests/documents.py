@@ -2,7 +2,7 @@
 
 Commands are the lines of `sh` fences, and what stands in running text and begins with a tool's name. A command of
 reid_dist in a fence runs as it stands, training with the small settings below behind it. What a laptop cannot run is
-parsed: torchrun by its own parser and the rest of its line by `--check`, scripts by bash -n and their directives,
+parsed: torchrun by its own parser, a training behind it by `--check`, scripts by bash -n and their directives,
 docker by its own help. A command that no rule knows is an error.
 """
 
@@ -157,11 +157,10 @@ def check_torchrun(words: list[str], folder: Path) -> None:
 
     args = get_args_parser().parse_args(words)
     ranks = int(args.nnodes.split(":")[-1]) * int(args.nproc_per_node)
-    if args.module and args.training_script == "reid_dist.evaluate":
-        run_module([args.training_script, *args.training_script_args], folder)
-    elif args.module:
-        assert args.training_script == "reid_dist.train", words
+    if args.module and args.training_script == "reid_dist.train":
         check_training(args.training_script_args, ranks, folder)
+    elif args.module:  # what needs no eight GPUs runs in one process
+        run_module([args.training_script, *args.training_script_args], folder)
     else:
         parse_only([args.training_script, *args.training_script_args])
 

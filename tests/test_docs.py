@@ -54,6 +54,9 @@ def workshop(pedestrians, tmp_path_factory):
     (folder / "docs").mkdir()
     shutil.copy("docs/results.md", folder / "docs")
     shutil.copy(folder / "RUN/checkpoints/best.pt", folder / "best.pt")
+    (folder / "DIR").symlink_to("people/gallery")
+    images = sorted(file.relative_to(folder) for file in (folder / "people").rglob("*.jpg"))
+    (folder / "list.csv").write_text("".join(f"{line}\n" for line in ["path", *images]))
     shutil.copy(next((folder / "DATA/query").glob("*.jpg")), folder / "person.jpg")
     torch.save(simple_reid_checkpoint(), folder / "checkpoint_ep60.pth.tar")
     return folder
