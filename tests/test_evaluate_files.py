@@ -14,6 +14,7 @@ from reid_dist.ranking import expansion, rerank
 from reid_dist.ranking.pair import read_pair
 from tests import ranks
 from tests.ranks import run_ranks
+from tests.runs import SMALL, TINY, arguments, start
 from tests.test_rerank import clustered
 
 CASE = clustered(30, 90, 6, 7, 3, 0)
@@ -109,3 +110,17 @@ def test_command_lines_that_say_too_little_or_too_much(argv, message, capfd):
     with pytest.raises(AssertionError, match="UserError"):
         run_ranks(1, call, argv)
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.ranks
+def test_the_trainers_evaluation_has_the_rows_too(pedestrians, trained, tmp_path):
+    """`train --eval` on three ranks, which do not divide the training batch, finds what evaluate finds on one."""
+    wanted = "TEST.RERANK True TEST.RERANK_K1 5 TEST.FEATURE_DTYPE fp16"
+    text = f"{SMALL} {TINY} TRAIN.PRECISION fp32 REPORT.PAGE False {wanted}"
+    run_ranks(3, start, ["--eval", "--resume", str(trained), *arguments(pedestrians, tmp_path / "three", text)])
+    run_ranks(1, call, ["--weights", str(trained), *arguments(pedestrians, tmp_path / "one", text)])
+    three, one = (json.loads((tmp_path / n / "market1501/t/evaluation.json").read_text()) for n in ("three", "one"))
+    for block in (lambda found: found, lambda found: found["re_ranked"]):
+        for name in ("mAP", "rank1", "mINP", "num_query", "num_gallery"):
+            assert block(three)[name] == pytest.approx(block(one)[name], abs=1e-4), name
+    assert three["re_ranked"]["k1"] == 5 and three["re_ranked"]["mAP"] != three["mAP"]
