@@ -22,7 +22,7 @@ import torch
 import torch.distributed as td
 
 from . import watchdog
-from .failure import UserError, end_now, end_with_torchrun, lost_peer, print_error
+from .failure import UserError, end_now, end_with_torchrun, in_short, lost_peer, print_error
 from .world import World, read_environment
 
 T = TypeVar("T")
@@ -169,8 +169,7 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
     except Exception as error:  # noqa: BLE001 - shown; the clean-up of the interpreter could wait for others for ever
         stood = watchdog.note_error(error)
         if world.world_size > 1 and lost_peer(error):
-            reason = str(error).strip().splitlines()[0]
-            print_error(f"{stood}, when it lost another rank, or waited for one too long: {reason}")
+            print_error(f"{stood}, when it lost another rank, or waited for one too long: {in_short(error)}")
             # torchrun takes the first to end for the cause, in whole seconds.
             time.sleep(2)
         else:

@@ -29,6 +29,12 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(words, f"{type(error).__name__}: {error}"))
 
 
+def in_short(error: BaseException) -> str:
+    """An error's first line, without the place in gloo's source and gloo's advice."""
+    line = str(error).strip().split("\n")[0]
+    return re.sub(r"^\[\S+:\d+\] | This is typically caused by .*", "", line)
+
+
 def end_with_torchrun() -> None:
     """Has the kernel end this process when torchrun is killed (Linux only).
 

@@ -4,13 +4,15 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
+from reid_dist import dist
 from reid_dist.data.synthetic import draw_dataset
-from tests.runs import SMALL, TINY, arguments
+from reid_dist.failure import in_short
+from tests.ranks import run_ranks
+from tests.runs import SMALL, TINY, arguments, start
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
 
@@ -49,61 +51,56 @@ BAD = {
 }
 
 
-def command(places, name, output, launcher):
+def argv_of(places, name, output):
     root, text, _ = BAD[name]
     text = text.replace("BASE", str(places["base"]))
-    argv = arguments(places.get(root, places["base"] / root), output, f"{SMALL} {text}")
-    return [*launcher, "-m", "reid_dist.train", *argv]
+    return arguments(places.get(root, places["base"] / root), output, f"{SMALL} {text}")
 
 
+def lines_of(error):
+    return [line for line in error.splitlines() if line.startswith("reid_dist: error: ")]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", BAD)
-def test_one_line_and_exit_code_2(places, tmp_path, name):
-    done = subprocess.run(
-        command(places, name, tmp_path, [sys.executable]), env=ENV, capture_output=True, text=True, timeout=60
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("reid_dist: error: ")]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and re.search(BAD[name][2], lines[0]), done.stderr
+def test_one_line_ends_every_rank(places, tmp_path, name, capfd):
+    with pytest.raises(AssertionError, match=r"(?s)rank 0:.*UserError.*rank 1:.*UserError"):
+        run_ranks(2, start, argv_of(places, name, tmp_path))
+    error = capfd.readouterr().err
+    [line] = lines_of(error)
+    assert re.search(BAD[name][2], line) and "Traceback" not in error
+
+
+def call(launcher, argv):
+    command = [*launcher, "-m", "reid_dist.train", *argv]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.timeout(300)
+def test_the_command_exits_with_2(places, tmp_path):
+    done = call([sys.executable], argv_of(places, "no weights", tmp_path))
+    assert done.returncode == 2 and len(lines_of(done.stderr)) == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name",
-    [
-        "missing root",
-        "empty train folder",
-        "unknown key",
-        "batch not divisible",
-        "unknown loss",
-        "no weights",
-        "other weights",
-    ],
-)
-def test_under_torchrun_every_worker_exits_2_after_one_line(places, tmp_path, name):
+@pytest.mark.timeout(300)
+def test_under_torchrun_every_worker_exits_with_2_after_one_line(places, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    begin = time.monotonic()
-    done = subprocess.run(
-        command(places, name, tmp_path, torchrun), env=ENV, capture_output=True, text=True, timeout=60
-    )
-    assert time.monotonic() - begin < 20
+    done = call(torchrun, argv_of(places, "no weights", tmp_path))
     assert done.returncode == 1  # torchrun's own, whatever its workers exit with
-    assert len(re.findall("reid_dist: error: ", done.stderr)) == 1, done.stderr
-    assert re.search(BAD[name][2], done.stderr)
+    assert len(lines_of(done.stderr)) == 1 and re.search(BAD["no weights"][2], done.stderr), done.stderr
     # torchrun lists the workers that failed: each by itself, none ended by a signal.
     assert done.stderr.count("exitcode  : 2") == 2, done.stderr
     assert "Signal" not in done.stderr
 
 
-def test_an_unfinished_environment_is_named(places, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "reid_dist.train"],
-        env={**ENV, "RANK": "0", "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and "LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing" in done.stderr
+def test_an_unfinished_environment_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        dist.run_main(lambda world: None)
+    assert ended.value.code == 2 and "LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing" in capsys.readouterr().err
 
 
 def test_weights_that_fit_load(places, tmp_path):
@@ -142,3 +139,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a file of weights"):
         read_weights(str(file))
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_gloo_says_is_told_in_short():
+    gloo = (
+        "[/__w/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:19846: Connection reset by peer. This is "
+        "typically caused by a remote worker hanging. Check the logs."
+    )
+    assert in_short(RuntimeError(gloo)) == "Read error [127.0.0.1]:19846: Connection reset by peer."
+    assert in_short(RuntimeError("")) == ""

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,7 @@ dist.run_main(lambda world: train.main(world, sys.argv[1:]))
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(300)
 def test_the_failing_ranks_traceback_is_the_last_thing_on_the_console(pedestrians, tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     argv = arguments(pedestrians, tmp_path, f"{SMALL} {TINY}")
@@ -199,9 +201,9 @@ def test_the_failing_ranks_traceback_is_the_last_thing_on_the_console(pedestrian
         env={**os.environ, "PYTHONPATH": "."},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
     )
-    assert done.returncode == 1 and time.monotonic() - began < 60
+    assert done.returncode == 1 and time.monotonic() - began < 200
     root_cause = done.stderr[done.stderr.rindex("Root Cause") :]
     assert re.search(r"rank\s*: 1", root_cause) and "a fault of its own" in root_cause and "train_step" in root_cause
     assert re.search(r"error: rank 1 stood in step 3, data", done.stderr)
@@ -248,6 +250,19 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_leaves_the_last_checkpoint
     assert error.count("could not be written") == 1 and "No space left" in error and "step_000000002.pt" in error
     resumed, _ = run(2, pedestrians, tmp_path, f"{SMALL} {text} MODEL.RESUME auto TRAIN.MAX_STEPS 6")
     assert [e["step"] for e in resumed] == [1, 2, 3, 4, 5, 6]
+
+
+def remove_folder(output, rank, done, images):
+    if rank == 0 and done == 3:
+        shutil.rmtree(output / "market1501/t")
+    return images
+
+
+@pytest.mark.ranks
+def test_a_folder_that_is_removed_ends_all_ranks_with_its_name(pedestrians, tmp_path, capfd):
+    text = f"{PLAIN} TRAIN.CHECKPOINT_STEP 2 TRAIN.MAX_STEPS 40"
+    with pytest.raises(AssertionError, match=r"(?s)rank 0: .*No such file or directory: '.*market1501/t/.*rank 1: "):
+        run_with(partial(remove_folder, tmp_path), 2, pedestrians, tmp_path, text)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):

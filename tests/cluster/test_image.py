@@ -1,7 +1,7 @@
 """docker/Dockerfile built without a daemon on a bare Debian with Python, and run as its own user.
 
 Slow, because it installs torch: REID_DIST_IMAGE=1 runs it. It needs root, buildah and debootstrap. REID_DIST_BUILDAH
-holds more flags for buildah, such as -v for certificates.
+holds more flags for buildah's build and run, such as -v for certificates, or for a torch that is not to be installed.
 """
 
 import os
@@ -56,7 +56,7 @@ def test_the_image_builds_in_a_clean_root_and_trains_as_its_own_user(buildah, tm
     buildah("build", *flags, "-f", "docker/Dockerfile", "-t", "image", ".")
 
     box = buildah("from", "--pull=never", "image").strip()
-    run = ("run", "--network=host", box, "--")
+    run = ("run", "--network=host", *more, box, "--")
     assert buildah(*run, "id", "-u").strip() == "10001"
     buildah(*run, *"python -m reid_dist.data.synthetic --out /tmp/data --ids 8 --cams 2 --images 3 --seed 0".split())
     words = "--cfg configs/demo.yaml --root /tmp/data --output /tmp/runs DATA.TRAIN_BATCH 32 TRAIN.MAX_STEPS 3"
