@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from reid_dist import dist
+from reid_dist.models.sharded import classifier_rows
 from tests.ranks import run_ranks
 
 FULL = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
@@ -66,3 +67,19 @@ def _one_fails():
 def test_one_ranks_error_ends_all_ranks(capfd):
     assert run_ranks(2, _one_fails) == ["ended", "ended"]
     assert capfd.readouterr().err.count("reid_dist: error: rank 1: KEY 3; expected 4") == 1
+
+
+def gather_unequal():
+    return dist.gather_to_main(torch.full((dist.rank() + 1, 3), float(dist.rank())))
+
+
+@pytest.mark.ranks
+def test_rows_are_gathered_in_rank_0s_memory_alone():
+    whole, *others = run_ranks(3, gather_unequal)
+    assert whole[:, 0].tolist() == [0, 1, 1, 2, 2, 2] and whole.device.type == "cpu" and others == [None, None]
+
+
+def test_a_rank_without_an_identity_is_an_error():
+    assert [*classifier_rows(5, True, 0, 2), *classifier_rows(5, True, 1, 2)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="with 2 identities on 3 ranks"):
+        classifier_rows(2, True, 0, 3)

@@ -287,42 +287,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 # --- killed and started again -----------------------------------------------------------------------------------------
 
 
-class Forked:
-    """What soak.Torchrun is, on forked ranks without a launcher."""
-
-    def __init__(self, world_size, argv):
-        self.folder = tempfile.TemporaryDirectory()
-        self.pids = start_ranks(world_size, Path(self.folder.name), start, (argv,), {}, 100)
-        self.running = set(self.pids)
-
-    def ranks(self):
-        return sorted(self.running)
-
-    def launcher(self):
-        return []
-
-    def wait(self, seconds):
-        deadline = time.monotonic() + seconds
-        while True:
-            self.running = {pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0] == 0}
-            if not self.running:
-                files = list(Path(self.folder.name).glob("*.pickle"))
-                good = len(files) == len(self.pids) and all(b"Error" not in f.read_bytes() for f in files)
-                return 0 if good else 1
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.0005)
-
-    def text(self):
-        return "".join(str(f.read_bytes()) for f in Path(self.folder.name).glob("*.pickle"))
-
-
 @pytest.mark.ranks
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_killed_at_random_moments_a_run_ends_bitwise_as_if_nothing_had_happened(tmp_path, world_size, capsys):
     lines = []
-    done = soak.soak(Forked, 5, world_size, tmp_path, epochs=30, seconds=20, seed=world_size, say=lines.append)
-    assert done >= 3
+    done = soak.soak(soak.Forked, 4, world_size, tmp_path, epochs=30, seconds=250, seed=world_size, say=lines.append)
+    assert done == 4
     with capsys.disabled():
         print(f"\n{lines[-1]}")
 

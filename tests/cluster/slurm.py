@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ TOOLS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue"
 # Jobs of `high` take the nodes of jobs of `low`, which get SIGTERM, then up to 15 s, and are queued again.
 CONF = """
 ClusterName=tests
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -89,7 +91,9 @@ class Slurm:
             "Gres=gpu:2"
             for name in self.names
         )
-        conf = CONF.format(host=host, port=free_port(), folder=self.folder, nodes=nodes)
+        conf = CONF.format(
+            host=host, port=free_port(), folder=self.folder, nodes=nodes, first_job=random.randrange(1, 12000)
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         for name in ("gpu0", "gpu1"):
