@@ -77,9 +77,11 @@ def fill_disk(run: Run) -> None:
             return
 
 
-def remount(run: Run, how: str) -> None:
-    output = run.folder.parents[1]  # the run's folder is OUTPUT/DATASET/TAG
-    subprocess.run(["mount", "-o", f"remount,{how}", str(output)], check=True)
+def make_read_only(run: Run) -> None:
+    """Until it is unmounted; what the run has open stays as it is."""
+    folder = str(run.folder)
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
 
 def send(number: int, pids: list[int]) -> None:
@@ -103,7 +105,7 @@ FAULTS = [
     Fault("an exception on one rank", trouble="error"),
     Fault("NaN in an image on one rank", trouble="nan"),
     Fault("disk full", fill_disk, own_disk=True),
-    Fault("folder becomes read-only", lambda run: remount(run, "ro"), own_disk=True),
+    Fault("folder becomes read-only", make_read_only, own_disk=True),
     Fault("folder removed", lambda run: shutil.rmtree(run.folder)),
 ]
 
@@ -191,7 +193,8 @@ def try_fault(fault: Fault, argv: list[str], folder: Path, evaluated: set[int], 
         before = max(before, last_step(folder))
         resumed = max(map(step_of, list_steps(folder / "checkpoints")), default=0)
     if fault.own_disk:
-        remount(run, "rw")
+        if os.path.ismount(folder):
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
         (folder / "filler").unlink(missing_ok=True)
     notice = folder / "PREEMPTED"
     if notice.exists():

@@ -252,6 +252,27 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_leaves_the_last_checkpoint
     assert [e["step"] for e in resumed] == [1, 2, 3, 4, 5, 6]
 
 
+def make_read_only(output, rank, done, images):
+    if rank == 0 and done == 3:
+        folder = str(output / "market1501/t")
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+    return images
+
+
+@pytest.mark.ranks
+def test_a_folder_that_becomes_read_only_ends_all_ranks_and_the_run_goes_on_later(pedestrians, tmp_path):
+    if subprocess.run(["mount", "--bind", tmp_path, tmp_path], capture_output=True).returncode:
+        pytest.skip("a folder that is read-only to its owner needs root and mounts")
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+    text = f"{PLAIN} TRAIN.CHECKPOINT_STEP 2 TRAIN.MAX_STEPS"
+    with pytest.raises(AssertionError, match=r"(?s)rank 0: .*Read-only file system: '.*market1501/t/.*rank 1: "):
+        run_with(partial(make_read_only, tmp_path), 2, pedestrians, tmp_path, f"{text} 40")
+    subprocess.run(["umount", "--lazy", str(tmp_path / "market1501/t")], check=True)
+    resumed, _ = run(2, pedestrians, tmp_path, f"{SMALL} {text} 6 MODEL.RESUME auto")
+    assert [e["step"] for e in resumed] == [1, 2, 3, 4, 5, 6]
+
+
 def remove_folder(output, rank, done, images):
     if rank == 0 and done == 3:
         shutil.rmtree(output / "market1501/t")
