@@ -261,10 +261,7 @@ def broadcast(tensor: torch.Tensor, src: int) -> torch.Tensor:  # all ranks
 
 
 def begin_average(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:  # all ranks
-    """Starts a single all-reduce of float tensors of one dtype; what it returns waits for it and gives their means.
-
-    For values of which every rank has seen an equal share (batch norm's running statistics).
-    """
+    """Starts one all-reduce of float tensors of one dtype; what it returns waits for it and gives means over ranks."""
     if world_size() == 1 or not tensors:
         return lambda: tensors
     flat = torch.cat([t.reshape(-1) for t in tensors])
