@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	@echo "first     . $(VENV)/bin/activate    (then the commands above are found)"
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

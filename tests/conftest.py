@@ -39,8 +39,18 @@ def trained(pedestrians, tmp_path_factory):
     return folder / "market1501/t/checkpoints/best.pt"
 
 
+@pytest.fixture
+def tell(record_property):
+    """tell(line): a line at the end of the test run; what tests print is lost where several processes run them."""
+    return lambda line: record_property("tell", line)
+
+
 def pytest_terminal_summary(terminalreporter):
-    """How many of the tests that start real clusters have run, and why the others have not."""
+    """What tests have told; how many of those that start real clusters have run, and why the others have not."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, line in report.user_properties:
+            if name == "tell":
+                terminalreporter.write_line(line)
 
     def reports(state):
         return [r for r in terminalreporter.stats.get(state, []) if r.nodeid.startswith("tests/cluster/")]

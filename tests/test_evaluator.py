@@ -375,7 +375,7 @@ def test_extract_wants_the_number_of_images_it_was_told(num):
     assert net.training
 
 
-def test_number_of_cases(capsys):
+def test_number_of_cases(tell):
     """Last: says how much was compared in this run."""
-    with capsys.disabled():
-        print("\nevaluator: compared " + ", ".join(f"{n:,} {what}" for what, n in compared.items()))
+    assert all(compared.values())
+    tell("evaluator: compared " + ", ".join(f"{n:,} {what}" for what, n in compared.items()))

@@ -311,12 +311,11 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_killed_at_random_moments_a_run_ends_bitwise_as_if_nothing_had_happened(tmp_path, world_size, capsys):
+def test_killed_at_random_moments_a_run_ends_bitwise_as_if_nothing_had_happened(tmp_path, world_size, tell):
     lines = []
     done = soak.soak(soak.Forked, 4, world_size, tmp_path, epochs=30, seconds=250, seed=world_size, say=lines.append)
     assert done == 4
-    with capsys.disabled():
-        print(f"\n{lines[-1]}")
+    tell(lines[-1])
 
 
 def descendants(pid):

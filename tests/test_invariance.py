@@ -15,6 +15,7 @@ from reid_dist.losses import CLASSIFICATION, PAIRWISE
 from reid_dist.models import ReIDModel
 from reid_dist.models.batch_norm import batch_norms, group_batch_norms
 from reid_dist.models.heads import CosineClassifier, LinearClassifier
+from reid_dist.models.pool import AveragePool
 from reid_dist.models.sharded import classifier_names, classifier_rows
 from reid_dist.optim import build_optimizer
 from reid_dist.step import backward, build_objective, train_step
@@ -51,7 +52,8 @@ def make_model(cfg, rows):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.Tanh()]
     head = CosineClassifier if CLASSIFICATION[cfg.LOSS.CLA_LOSS].uses_cosine else LinearClassifier
-    model = ReIDModel(nn.Sequential(*layers), 8, head(8, rows, seed=0), cfg.MODEL.CLASSIFIER_SHARDED)
+    classifier = head(8, rows, seed=0)
+    model = ReIDModel(nn.Sequential(*layers), 8, classifier, cfg.MODEL.CLASSIFIER_SHARDED, pool=AveragePool())
     group_batch_norms(model, cfg.MODEL.BN_GROUP or BATCH)
     return model.double()
 
@@ -126,16 +128,15 @@ def one_rank():
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_parameters_do_not_depend_on_the_number_of_ranks(one_rank, world_size, capsys):
+def test_parameters_do_not_depend_on_the_number_of_ranks(one_rank, world_size, tell):
     differences = compare(world_size, CASES, one_rank)
     check(differences, CASES)
     COMPARED.extend(CASES)
-    with capsys.disabled():
-        grads, params = (max(d[k] for d in differences) for k in range(2))
-        print(
-            f"\n{len(CASES)} combinations of loss pair and batch norm group on {world_size} ranks equal 1 rank: "
-            f"gradients within {grads:.0e}, parameters after {STEPS} steps within {params:.0e}"
-        )
+    grads, params = (max(d[k] for d in differences) for k in range(2))
+    tell(
+        f"{len(CASES)} combinations of loss pair and batch norm group on {world_size} ranks equal 1 rank: "
+        f"gradients within {grads:.0e}, parameters after {STEPS} steps within {params:.0e}"
+    )
 
 
 @pytest.mark.ranks

@@ -82,7 +82,7 @@ class Agents:
 
 
 def test_a_run_over_two_hosts_equals_a_local_one_and_goes_on_after_the_cable_was_cut(
-    hosts, pedestrians, straight, tmp_path, capsys
+    hosts, pedestrians, straight, tmp_path, tell
 ):
     whole = Agents(hosts, pedestrians, tmp_path / "a")
     assert whole.wait() == [0, 0], whole.text()
@@ -98,8 +98,7 @@ def test_a_run_over_two_hosts_equals_a_local_one_and_goes_on_after_the_cable_was
     wait_until(lambda: all(told.search(log.read_text()) for log in cut.logs), 60, cut)
     seconds = time.monotonic() - began
     assert seconds < TIMEOUT_S + 10
-    with capsys.disabled():
-        print(f"\nboth ranks had noticed the cut {seconds:.1f} s after it, with DIST.TIMEOUT_S {TIMEOUT_S}")
+    tell(f"both ranks had noticed the cut {seconds:.1f} s after it, with DIST.TIMEOUT_S {TIMEOUT_S}")
     assert cut.processes[0].wait(60) == 1
     # torchrun of the host that does not hold the rendezvous waits for an answer from the other; its rank is gone.
     cut.kill()
