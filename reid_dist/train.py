@@ -143,7 +143,8 @@ def fit(
     norms, last, batch_size = batch_norms(model), last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
     schedule = build_schedule(cfg)
     frozen = state.step < cfg.TRAIN.FREEZE_STEPS
-    ddp = wrap(model, objective, scaler, frozen, cfg, world)
+    learned = [p for p in model.backbone.parameters() if p.requires_grad]
+    ddp = wrap(model, learned, objective, scaler, frozen, cfg, world)
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
     with build_loader(cfg, index, plan, world, state.step, reporter) as loader:
@@ -155,7 +156,7 @@ def fit(
         for batch in itertools.islice(loader, max(0, last - state.step)):
             if frozen and state.step >= cfg.TRAIN.FREEZE_STEPS:
                 del ddp  # its hooks on the parameters go with it
-                frozen, ddp = False, wrap(model, objective, scaler, False, cfg, world)
+                frozen, ddp = False, wrap(model, learned, objective, scaler, False, cfg, world)
             lr = lr_at(state.step, plan.num_steps, schedule)
             set_lr(optimizer, lr)
             losses, bad = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
@@ -275,14 +276,21 @@ def build_schedule(cfg: Any) -> Schedule:
 
 
 def wrap(
-    model: ReIDModel, objective: Objective, scaler: torch.amp.GradScaler, frozen: bool, cfg: Any, world: dist.World
+    model: ReIDModel,
+    learned: list[nn.Parameter],
+    objective: Objective,
+    scaler: torch.amp.GradScaler,
+    frozen: bool,
+    cfg: Any,
+    world: dist.World,
 ) -> nn.Module:  # all ranks
     """The model ready to train on all ranks. frozen: its backbone neither learns nor moves its running statistics.
+    learned: the backbone's parameters but for those that the network itself keeps fixed.
 
     DDP looks at requires_grad once, so it is made anew when that changes, and rehearses anew.
     """
     model.backbone.train(not frozen)
-    for p in model.backbone.parameters():
+    for p in learned:
         p.requires_grad_(not frozen)
         p.grad = None  # else a view into the old wrapper's buckets
     ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])

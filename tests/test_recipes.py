@@ -10,9 +10,10 @@ from torch import nn
 from reid_dist import checkpoint, ema
 from reid_dist.losses import PAIRWISE
 from reid_dist.losses.center import center, center_gradient
+from reid_dist.models import MODELS, Backbone
 from reid_dist.models.tiny import build_tiny
 from reid_dist.optim import Schedule, lr_at, parameter_groups, set_lr
-from tests.runs import SMALL, TINY, losses_of, run
+from tests.runs import PLAIN, SMALL, TINY, build_plain, losses_of, run
 
 
 def newest(folder):
@@ -188,6 +189,21 @@ def test_a_frozen_backbone_stays_as_it_is_and_then_learns(pedestrians, tmp_path)
     backbones = [checkpoint.digest(part(state, "backbone.")) for state in states]
     heads = [checkpoint.digest(part(state, "bn.") | part(state, "classifier.")) for state in states]
     assert len(set(backbones[:3])) == 1 and len(set(backbones)) == 4 and len(set(heads)) == 6
+
+
+@pytest.mark.ranks
+def test_what_the_network_itself_keeps_fixed_stays_fixed(pedestrians, tmp_path, monkeypatch):
+    def build(last_stride=1):
+        net = build_plain()
+        net[0].weight.requires_grad_(False)
+        return net
+
+    monkeypatch.setitem(MODELS, "partly_fixed", Backbone(build, 16))
+    text = f"{SMALL} {PLAIN} MODEL.NAME partly_fixed TRAIN.FREEZE_STEPS 1 TRAIN.CHECKPOINT_STEP 1"
+    run(2, pedestrians, tmp_path, f"{text} TRAIN.KEEP_CHECKPOINTS 9 TRAIN.MAX_STEPS 3")
+    states = [checkpoint.load(f)["model"] for f in checkpoint.list_steps(tmp_path / "market1501/t/checkpoints")]
+    fixed, learned = ([state[f"backbone.{i}.weight"] for state in states] for i in (0, 2))
+    assert torch.equal(fixed[0], fixed[-1]) and not torch.equal(learned[0], learned[-1])
 
 
 @pytest.mark.ranks
