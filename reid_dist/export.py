@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import dist
@@ -148,9 +149,13 @@ def deploy(network: ReIDModel, args: argparse.Namespace) -> Deployed:
 
 
 def example(facts: Facts, num: int, kind: str) -> torch.Tensor:
-    """`num` images of random pixels, with some that are all black and all white."""
+    """`num` images of random blocks of colour under some noise, some all black and all white. (To a network images of
+    noise alone are much the same; its batch norms then enlarge small differences, rounding included.)"""
     generator = torch.Generator().manual_seed(num)
-    images = torch.randint(0, 256, (num, 3, facts.height, facts.width), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(0, 256, (num, 3, 8, 4), dtype=torch.uint8, generator=generator)
+    colours = F.interpolate(blocks, size=(facts.height, facts.width), mode="nearest")
+    noise = torch.randint(0, 256, colours.shape, dtype=torch.uint8, generator=generator)
+    images = colours // 4 * 3 + noise // 4
     images[1:2], images[2:3] = 0, 255
     return images if kind == "uint8" else images.float() / 255
 

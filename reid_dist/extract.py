@@ -110,7 +110,7 @@ def write(feats: torch.Tensor | None, images: Images, facts: Facts, args: argpar
     split = images.split
     paths = np.array([os.path.abspath(split.path(i)) for i in range(len(split))])  # noqa: PTH100 - not what links mean
     pids = labels(split.pids, split.pid_names) if images.has_pids else None
-    camids = None if split.camids is None else labels(split.camids, split.camid_names)
+    camids = None if split.camids is None else labels(split.camids + split.first_camid, split.camid_names)
     made_by = {"weights": str(Path(args.weights).absolute()), "flip": True, "ema": args.ema}
     write_features(args.out, FeatureFile(feats.numpy(), paths, pids, camids, facts.metadata | made_by))
 
