@@ -7,6 +7,9 @@
 # MAX_RESTARTS=3  a rank that dies is started again, from the newest checkpoint; needs --resume auto
 set -euo pipefail
 
+# shellcheck disable=SC1091
+if [ -e .venv/bin/activate ]; then . .venv/bin/activate; fi # what `make` has set up; else the environment as it is
+
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
 ranks=${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" -m reid_dist.train "$@"

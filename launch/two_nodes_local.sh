@@ -7,6 +7,9 @@
 #                   there are not enough for all ranks.
 set -euo pipefail
 
+# shellcheck disable=SC1091
+if [ -e .venv/bin/activate ]; then . .venv/bin/activate; fi # what `make` has set up; else the environment as it is
+
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS_PER_NODE:-$((gpus > 1 ? gpus / 2 : 1))}

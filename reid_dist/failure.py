@@ -12,6 +12,12 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+# Types and words of errors from collectives. gloo's own often come without its name.
+LOST_PEER = (
+    r"gloo|DistBackendError|DistNetworkError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket closed|"
+    r"[Tt]imed out|(Application|Connect|Read|Write) timeout|is unreachable|No route to host"
+)
+
 
 class UserError(Exception):
     """A mistake of the user's that every rank knows of; ends every rank with exit code 2."""
@@ -25,8 +31,7 @@ def print_error(message: str, prefix: str = "") -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank was gone or did not come: that rank's error is the cause."""
-    words = r"gloo|DistBackendError|DistNetworkError|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed out"
-    return isinstance(error, RuntimeError) and bool(re.search(words, f"{type(error).__name__}: {error}"))
+    return isinstance(error, RuntimeError) and bool(re.search(LOST_PEER, f"{type(error).__name__}: {error}"))
 
 
 def in_short(error: BaseException) -> str:

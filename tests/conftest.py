@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Launchers call python and torchrun by name: those of the environment that the suite runs in, active or not.
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
 
 import hypothesis
 import pytest
