@@ -183,9 +183,13 @@ def test_a_test_set_without_any_match_says_why(tmp_path):
     )
 
 
-@given(st.lists(st.binary(max_size=12).filter(lambda b: b"\0" not in b), min_size=1, max_size=20), st.booleans())
-def test_encode_is_unique(names, short):
-    names = np.array([name[:8] if short else name + b"12345678" for name in names], dtype=bytes)
+@given(
+    st.integers(1, 12).flatmap(lambda width: st.lists(st.binary(max_size=width), min_size=1, max_size=8)),
+    st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=12),
+)
+def test_encode_is_unique(values, runs):
+    """In any order, and with equal names one after the other, as in a table in the order of its identities."""
+    names = np.array([values[i % len(values)] for i, times in runs for _ in range(times)], dtype=bytes)
     codes, distinct = encode(names)
     expected, inverse = np.unique(names, return_inverse=True)
     assert distinct.tolist() == expected.tolist() and codes.tolist() == inverse.tolist()

@@ -72,6 +72,34 @@ def test_both_readers_of_csv_and_the_one_of_parquet_agree(tmp_path_factory, rows
             assert getattr(raw, split).pids.tolist() == getattr(with_arrow, split).pids.tolist()
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary"])
+def test_every_kind_of_text_in_parquet(tmp_path, kind):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [("a.jpg", "zoë", "1"), ("bb.jpg", "7", "22"), ("\udcff.jpg", "7", "1")]
+    if "binary" not in kind:
+        rows.pop()  # no UTF-8, which only bytes can be
+    columns = zip(*[[text.encode("utf-8", "surrogateescape") for text in row] for row in rows], strict=True)
+    arrays = [pa.array(column, pa.binary()).cast(getattr(pa, kind)()) for column in columns]
+    table = pa.table([*arrays, pa.array(["train"] * len(rows))], ["path", "pid", "camid", "split"])
+    parquet.write_table(table, tmp_path / "manifest.parquet")
+    raw = read("csv", tmp_path)
+    assert rows_of(raw.train) == rows and raw.unparsed == ()
+
+
+def test_a_missing_value_in_parquet_is_an_empty_one(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"path": ["a.jpg", None], "pid": pa.array([None, 1]), "split": ["train", "train"]}
+    parquet.write_table(pa.table(columns), tmp_path / "manifest.parquet")
+    assert read("csv", tmp_path).unparsed == (
+        "manifest.parquet row 1: a.jpg: no pid",
+        "manifest.parquet row 2: : no path",
+    )
+
+
 def test_parquet_with_numbers_and_categories(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet

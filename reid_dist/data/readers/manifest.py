@@ -35,18 +35,20 @@ def read_manifest(root: Path, options: Options) -> RawDataset:
     row = 1 if file.suffix == ".parquet" else 2  # as an editor counts the lines
     for block in read_blocks(file):
         paths, reasons = below_root(block["path"], root)
-        reasons[block["pid"] == b""] = "no pid"
-        for i in np.flatnonzero(~np.isin(block["split"], [split.encode() for split in SPLITS])).tolist():
+        reasons |= dict.fromkeys(np.flatnonzero(block["pid"] == b"").tolist(), "no pid")
+        rows_of = {split: block["split"] == split.encode() for split in SPLITS}
+        for i in np.flatnonzero(~np.any(list(rows_of.values()), axis=0)).tolist():
             reasons[i] = f"split {os.fsdecode(bytes(block['split'][i]))!r}; expected train, query or gallery"
-        good = reasons == ""
-        for i in np.flatnonzero(~good).tolist():
-            unparsed.append(f"{file.name} row {row + i}: {os.fsdecode(bytes(block['path'][i]))}: {reasons[i]}")
+        for i, reason in sorted(reasons.items()):
+            unparsed.append(f"{file.name} row {row + i}: {os.fsdecode(bytes(block['path'][i]))}: {reason}")
+        good = np.ones(len(paths), dtype=bool)
+        good[list(reasons)] = False
         for split, columns in parts.items():
-            rows = good & (block["split"] == split.encode())
+            rows = rows_of[split] & good
             if rows.any():
                 for name, values in (("path", paths), ("pid", block["pid"]), ("camid", block["camid"])):
                     columns[name].append(values[rows])
-        row += len(good)
+        row += len(paths)
     return assemble(parts, (str(root),), unparsed)
 
 
@@ -100,13 +102,12 @@ def find_manifest(root: Path, name: str) -> Path:
     )
 
 
-def below_root(paths: np.ndarray, root: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(paths relative to root, (n,) why each is refused, '' if it is not).
+def below_root(paths: np.ndarray, root: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """(paths relative to root, {row: why it is refused}).
 
     By the text of the path: a symbolic link below root was put there by whoever owns root and may lead elsewhere.
     """
-    reasons = np.full(len(paths), "", dtype=object)
-    reasons[paths == b""] = "no path"
+    reasons = dict.fromkeys(np.flatnonzero(paths == b"").tolist(), "no path")
     # abspath: as written, without a look at what is a link.
     for folder in dict.fromkeys((os.path.abspath(root), os.path.realpath(root))):  # noqa: PTH100
         prefix = os.fsencode(folder.rstrip("/") + "/")
@@ -116,7 +117,7 @@ def below_root(paths: np.ndarray, root: Path) -> tuple[np.ndarray, np.ndarray]:
             letters = np.ascontiguousarray(paths).view(np.uint8).reshape(len(paths), width)[:, len(prefix) :]
             shorter = np.ascontiguousarray(letters).view(f"S{width - len(prefix)}").reshape(-1)
             paths = np.where(inside, shorter, paths)
-    reasons[np.char.startswith(paths, b"/")] = "leaves DATA.ROOT"
+    reasons |= dict.fromkeys(np.flatnonzero(np.char.startswith(paths, b"/")).tolist(), "leaves DATA.ROOT")
     for i in np.flatnonzero(np.char.find(paths, b"..") >= 0).tolist():
         if b".." in bytes(paths[i]).split(b"/"):
             reasons[i] = "leaves DATA.ROOT"
@@ -214,17 +215,21 @@ def to_bytes(column: Any) -> np.ndarray:
 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (pa.types.is_binary(column.type) or pa.types.is_string(column.type)):
+    if pa.types.is_large_binary(column.type):
+        column = column.cast(pa.binary())
+    elif not (pa.types.is_binary(column.type) or pa.types.is_string(column.type)):
         column = column.cast(pa.string())
-    column = column.cast(pa.large_binary())
     if column.null_count:
-        column = column.fill_null(b"")
-    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+        column = column.fill_null(b"" if pa.types.is_binary(column.type) else "")
+    offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
     letters: np.ndarray = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
     lengths = np.diff(offsets)
     width = max(1, int(lengths.max(initial=0)))
-    table = np.zeros((len(column), width), np.uint8)
-    table[np.arange(width) < lengths[:, None]] = letters
+    if lengths.min(initial=width) == width:
+        table = letters
+    else:
+        table = np.zeros((len(column), width), np.uint8)
+        table[np.arange(width) < lengths[:, None]] = letters
     return table.view(f"S{width}").reshape(-1)
 
 
