@@ -193,7 +193,8 @@ def try_fault(fault: Fault, argv: list[str], folder: Path, evaluated: set[int], 
         before = max(before, last_step(folder))
         resumed = max(map(step_of, list_steps(folder / "checkpoints")), default=0)
     if fault.own_disk:
-        if os.path.ismount(folder):
+        # os.path.ismount does not see a folder that is mounted on itself.
+        if subprocess.run(["mountpoint", "-q", str(folder)], check=False).returncode == 0:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
         (folder / "filler").unlink(missing_ok=True)
     notice = folder / "PREEMPTED"

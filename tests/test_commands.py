@@ -84,6 +84,14 @@ def test_a_resume_cuts_the_log_back(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_log_that_cannot_be_written_names_its_file(tmp_path):
+    from reid_dist.report import Reporter
+
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        Reporter(tmp_path, True).log({"event": "train", "step": 1})
+
+
 def test_synthetic_command_writes_the_layout(tmp_path):
     call(
         sys.executable,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomic
+from ..files import named, write_atomic
 from .background import PageBuilder
 from .run import DETAILS_FILE, METRICS_FILE
 from .services import UPLOAD_S, Service, finish_all
@@ -72,7 +72,8 @@ class Reporter:
         """One JSON object as a line of metrics.jsonl, and its numbers to the logging services."""
         if not self.is_main:
             return
-        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
+        file = self.folder / METRICS_FILE
+        with named(file), file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
         kind = "/".join(event[key] for key in ("event", "dataset", "weights") if key in event)
         words = ("event", "dataset", "weights")
