@@ -15,7 +15,7 @@ from tests.runs import SMALL, TINY, arguments, newest, run, same_state
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS, TIMEOUT_S = 300, 5
+STEPS, TIMEOUT_S = 300, 10
 TEXT = (
     f"{SMALL} {TINY} TRAIN.PRECISION fp32 TRAIN.CHECKPOINT_EPOCH 0 TRAIN.CHECKPOINT_STEP 40 TRAIN.MAX_EPOCH {STEPS} "
     f"TRAIN.MAX_STEPS {STEPS} DIST.TIMEOUT_S {TIMEOUT_S}"
