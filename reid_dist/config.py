@@ -38,24 +38,29 @@ def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def bare_parser(prog: str) -> argparse.ArgumentParser:
+def bare_parser(prog: str, description: str = "") -> argparse.ArgumentParser:
     """A config file and KEY VALUE pairs, as every command takes them; unknown flags are errors."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:  # raised, so that all ranks can agree on it before they exit
             raise ValueError(f"command line: {message}; expected the flags of --help and KEY VALUE pairs")
 
-    p = Parser(prog=f"python -m reid_dist.{prog}", allow_abbrev=False)
+    p = Parser(
+        prog=f"python -m reid_dist.{prog}",
+        description=description,
+        epilog="Every config key with its default and meaning: docs/config.md.",
+        allow_abbrev=False,
+    )
     p.add_argument("--cfg", metavar="FILE", help="YAML file with config keys")
     p.add_argument("opts", nargs="*", metavar="KEY VALUE", help="any config keys, such as TRAIN.MAX_EPOCH 20")
     return p
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
+def parser(prog: str, description: str = "") -> argparse.ArgumentParser:
     """The flags that the commands which read a data set share."""
-    p = bare_parser(prog)
+    p = bare_parser(prog, description)
     p.add_argument("--root", help="folder of the data set (DATA.ROOT)")
-    p.add_argument("--dataset", help="name of the data set (DATA.DATASET)")
+    p.add_argument("--dataset", help="name of the data set (DATA.DATASET): market1501, csv, folder, ...; docs/data.md")
     p.add_argument("--output", help="where runs are written (OUTPUT)")
     p.add_argument("--tag", help="name of this run (TAG)")
     p.add_argument("--gpu", help="accepted for Simple-ReID's command lines; has no effect")

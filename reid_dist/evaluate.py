@@ -231,7 +231,7 @@ def side_of(side: Side, cfg: Any, world: dist.World) -> Features:
 
 
 def command_line() -> argparse.ArgumentParser:
-    p = parser("evaluate")
+    p = parser("evaluate", "Evaluates a trained network on a data set, or features made elsewhere.")
     p.add_argument("--weights", metavar="FILE", help="a checkpoint, or backbone weights")
     p.add_argument("--features-query", metavar="FILE", help="query features, .npz or .parquet, in place of --weights")
     p.add_argument("--features-gallery", metavar="FILE", help="gallery features, likewise")

@@ -200,6 +200,7 @@ def interface(facts: Facts, args: argparse.Namespace) -> dict[str, str]:
     mirrored = ", the sum of those of the image and of its mirror image" if args.flip else ""
     return {
         "input": f"images (batch, 3, {facts.height}, {facts.width}), RGB, {pixels}, any batch from 1 on",
+        "resize": "bilinear, with antialiasing where it shrinks (PIL's BILINEAR): another filter gives other features",
         "pixels": "normalised inside the graph: do not take off a mean or divide by a deviation before",
         "output": f"features (batch, {facts.feature_dim}) float32, not scaled to length 1{mirrored}",
     }
@@ -232,7 +233,7 @@ def quiet() -> Iterator[None]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    p = bare_parser("export")
+    p = bare_parser("export", "Writes a trained network as ONNX, .pt2 or safetensors, checked against the network.")
     p.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or weights with --cfg or KEY VALUE")
     p.add_argument("--out", required=True, metavar="FILE", help="a name that ends in .onnx, .pt2 or .safetensors")
     p.add_argument("--input", choices=("uint8", "float"), default="uint8", help="pixels: uint8, or float from 0 to 1")

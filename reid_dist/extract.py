@@ -232,7 +232,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def command_line() -> argparse.ArgumentParser:
-    p = bare_parser("extract")
+    p = bare_parser("extract", "Writes the features of images into a file.")
     p.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint, or weights with --cfg or KEY VALUE")
     p.add_argument("--images", metavar="DIR|CSV", help="a folder, or a table with a column path, perhaps pid and camid")
     p.add_argument("--root", help="folder of a data set (DATA.ROOT)")

@@ -156,7 +156,8 @@ def find_checkpoint(cfg: Any, index: DatasetIndex) -> tuple[dict[str, Any] | Non
             f"--resume: the images of DATA.ROOT {cfg.DATA.ROOT!r} are not the ones the checkpoint was trained on"
         )
     if errors:
-        raise ValueError("\n".join([*errors, "--resume: TRAIN.ALLOW_CHANGES true goes on all the same"]))
+        remedy = "--resume: another --tag starts a new run, TRAIN.ALLOW_CHANGES true goes on with the changes"
+        raise ValueError("\n".join([*errors, remedy]))
     return saved, notes
 
 

@@ -120,6 +120,11 @@ small { display: block; color: var(--soft); font-size: 12px; overflow-wrap: anyw
 """
 
 
+def shown(gallery: FeatureFile, row: int) -> str:
+    """An image's name behind that of its folder, which is often whom it shows."""
+    return "/".join(Path(str(gallery.paths[row])).parts[-2:])
+
+
 def page(queries: list[str], found: list[list[Answer]], gallery: FeatureFile) -> str:
     """A whole HTML page: each query with its answers, nearest first."""
     sections = []
@@ -127,7 +132,7 @@ def page(queries: list[str], found: list[list[Answer]], gallery: FeatureFile) ->
         items = [
             f"<li>{picture(str(gallery.paths[row]))}<b>{place}. {similarity:.3f}</b>"
             f"<small>{html.escape(label(gallery, row))}</small>"
-            f"<small>{html.escape(Path(str(gallery.paths[row])).name)}</small></li>"
+            f"<small>{html.escape(shown(gallery, row))}</small></li>"
             for place, (row, similarity) in enumerate(answers, start=1)
         ]
         sections.append(
@@ -160,7 +165,7 @@ def picture(path: str) -> str:
 
 
 def command_line() -> Any:
-    p = bare_parser("search")
+    p = bare_parser("search", "Finds the images of a gallery that are nearest to a query.")
     p.add_argument("--gallery", required=True, metavar="FILE", help="features, as extract writes them")
     p.add_argument("--query", required=True, nargs="+", metavar="IMAGE", help="one image or several")
     p.add_argument("-k", type=int, default=10, help="answers to each (10)")

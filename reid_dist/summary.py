@@ -86,11 +86,11 @@ def warnings(cfg: Any, world_size: int, yaml_keys: dict[str, Any]) -> list[str]:
 def unscaled_reference(cfg: Any, yaml_keys: dict[str, Any]) -> int:
     """The batch that the learning rate was chosen for, when the batch was changed and the rate was not; else 0.
 
-    The choice is that of the file of --cfg where it says both, else the default's: 0.00035 (adam) for 64 images.
+    The choice is that of the file of --cfg where it says the rate, else the default's: 0.00035 (adam) for 64 images.
     """
     usual = flatten(defaults())
     batch, lr = "DATA.TRAIN_BATCH", "TRAIN.OPTIMIZER.LR"
-    reference = usual | yaml_keys if batch in yaml_keys and lr in yaml_keys else usual
+    reference = usual | yaml_keys if lr in yaml_keys else usual
     ours = flatten(cfg)
     is_changed = ours[batch] != int(reference[batch])
     name = "TRAIN.OPTIMIZER.NAME"

@@ -38,6 +38,7 @@ from .report import (
     new_run_id,
     note_start,
     open_services,
+    rating,
     table,
 )
 from .resume import (
@@ -230,7 +231,7 @@ def test(
     reporter.say(table(events))
     state.last_eval = state.step
     first, *others = events.values()  # the best checkpoint is chosen on the first
-    if not state.best or first[cfg.TEST.BEST_METRIC] > state.best[cfg.TEST.BEST_METRIC]:
+    if not state.best or rating(first, cfg.TEST.BEST_METRIC) > rating(state.best, cfg.TEST.BEST_METRIC):
         state.best = first | {"others": others}
     if picture:
         reporter.save_result({"final": first | {"others": others}, "best": state.best, "steps": state.step})
@@ -337,7 +338,7 @@ def positive(text: str) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    p = parser("train")
+    p = parser("train", "Trains a network and evaluates it. Under torchrun on all ranks, with the same numbers.")
     p.add_argument("--resume", metavar="auto|FILE", help="go on from the newest checkpoint, if any, or from FILE")
     p.add_argument(
         "--eval", action="store_true", help="evaluate only, with the weights of --resume or MODEL.PRETRAINED"

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from reid_dist import train
 from reid_dist.data.__main__ import main
 from reid_dist.data.index import DATASETS
 from reid_dist.data.readers import market1501
+from reid_dist.world import World
 from tests import layouts, odd_images
 
 # {data set: rows of (identities, images, cameras, min, median, max, one camera)} of the layout copies.
@@ -101,7 +105,7 @@ def test_everything_that_is_wrong_is_named(tmp_path, capsys):
     same = lists["groups of images with the same content"]
     assert f"{root}/train/anna/c1_001.jpg = {root}/train/anna/c3_copy.jpg" in same
     assert report["splits"]["train"]["unreadable"] == 12 and report["splits"]["train"]["duplicate"] == 3
-    assert "DATA.ON_BAD_IMAGE skip trains without them" in out
+    assert "DATA.ON_BAD_IMAGE skip trains without these files" in out
 
 
 def test_images_that_are_listed_again(tmp_path, capsys):
@@ -162,12 +166,30 @@ def test_sets_that_cannot_be_used_say_why(tmp_path, capsys):
     layouts.write_images(tmp_path / "b", ["train/1/a.jpg", "train/2/a.jpg"])
     code, [report] = run_check("folder", tmp_path / "b", tmp_path)
     assert code == 1 and report["warnings"] == ["no test set: training on it takes DATA.VAL_IDS or TEST.DATASETS"]
+    assert "DATA.VAL_IDS 2 " in capsys.readouterr().out.splitlines()[-1]
     assert main(["check", "--dataset", "folder", "--root", str(tmp_path / "nowhere")]) == 2
     assert main(["check", "--dataset", "mars", "--root", str(tmp_path)]) == 2
     assert main(["chek"]) == 2 and main(["check", "--rot", "x"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 4 and all(line.startswith("reid_dist: error: ") for line in errors)
     assert "expected an existing folder" in errors[0] and "expected one of market1501" in errors[1]
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_the_command_that_is_named_next_trains_on_a_small_set(tmp_path, capsys, has_test):
+    """Six identities do not fill the default batch, and some of them may have to serve as the test set."""
+    seen = [f"train/{pid}/{camera}_{n}.jpg" for pid in range(6) for camera in "ab" for n in range(3)]
+    tests = ["query/7/a_1.jpg", "gallery/7/b_1.jpg"] if has_test else []
+    layouts.write_images(tmp_path / "set", [*seen, *tests])
+    run_check("folder", tmp_path / "set", tmp_path)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml ")
+    assert last.endswith("DATA.TRAIN_BATCH 24 MODEL.BN_GROUP 24" if has_test else "TRAIN_BATCH 16 MODEL.BN_GROUP 16")
+    folder = ["--output", str(tmp_path / "runs"), "--tag", "t"]
+    tiny = "MODEL.NAME tiny MODEL.FEATURE_DIM 128 DATA.HEIGHT 32 DATA.WIDTH 16 DATA.PIPELINE torch TRAIN.MAX_STEPS 1"
+    argv = [*shlex.split(last)[4:], *folder, *tiny.split(), "MODEL.PRETRAINED", ""]
+    train.main(World(0, 0, 1, torch.device("cpu")), argv)
+    assert "mAP" in capsys.readouterr().out
 
 
 def test_plots(tmp_path):

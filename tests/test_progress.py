@@ -58,7 +58,7 @@ def test_one_line_an_epoch_on_a_terminal(tmp_path):
     text = on_a_terminal(tmp_path, 0)
     lines = screen(text)
     assert [line for line in lines if not line.startswith("epoch")] == [
-        "speed     about 8 s an epoch, 12 s to the end, evaluations aside",
+        "speed     8 s an epoch, 12 s to the end, evaluations aside",
         "a line of its own",
     ]
     bars = [line for line in lines if line.startswith("epoch")]

@@ -20,6 +20,7 @@ from reid_dist.evaluator import RankedList
 from reid_dist.report import PageBuilder, Reporter, background
 from reid_dist.report.__main__ import main
 from reid_dist.report.console import duration
+from reid_dist.report.page import best_of
 from reid_dist.report.plots import Line, curves, thin
 from reid_dist.report.run import read_run
 from tests import ranks
@@ -317,7 +318,7 @@ def test_long_curves_are_thinned_to_means():
 
 def test_durations_are_read_as_people_say_them():
     assert [duration(s) for s in (0.4, 48, 200, 7500, 97200, 86400)] == [
-        "0 s", "48 s", "3 min 20 s", "2 h 5 min", "1 d 3 h", "1 d",
+        "under 1 s", "48 s", "3 min 20 s", "2 h 5 min", "1 d 3 h", "1 d",
     ]  # fmt: skip
 
 
@@ -327,8 +328,22 @@ def test_speed_and_waiting_are_judged_once_after_twenty_steps(tmp_path, capsys):
     for step in range(1, 61):
         reporter.progress(1, step, event | {"step": step} if step % 10 == 0 else None)
     said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("epoch")]
-    assert said[0] == "speed     about 3 min 20 s an epoch, 32 min 40 s to the end, evaluations aside"
+    assert said[0] == "speed     3 min 20 s an epoch, 32 min 40 s to the end, evaluations aside"
     assert said[1].startswith("warning   35% of the time the network waits for images") and len(said) == 2
+
+
+def test_one_hiccup_is_no_waiting_for_images(tmp_path, capsys):
+    reporter = Reporter(tmp_path, True, steps_per_epoch=100, num_steps=1000, batch=64)
+    event = {"loss": 1.0, "acc": 0.5, "images_per_s": 32.0, "lr": 0.1}
+    for step in range(1, 101):
+        wait = 0.66 if step == 30 else 0.01
+        reporter.progress(1, step, event | {"step": step, "data_wait": wait} if step % 10 == 0 else None)
+    assert "waits for images" not in capsys.readouterr().out
+
+
+def test_of_equally_good_evaluations_the_one_with_the_better_map_is_the_best():
+    events = [{"rank1": r, "mAP": m} for r, m in ((0.9, 0.95), (1.0, 0.8), (1.0, 0.9), (1.0, 0.9))]
+    assert best_of(events, "rank1") is events[2] and best_of(events, "mAP") is events[0]
 
 
 def test_the_page_of_a_folder_that_was_moved_says_which_pictures_are_gone(reported, tmp_path):

@@ -53,6 +53,12 @@ CASES = {
     ),
     "as the file": (config(DATA__TRAIN_BATCH=128, TRAIN__OPTIMIZER__LR=0.001), 8, GOOD_YAML, []),
     "the file says both": (config(DATA__TRAIN_BATCH=128), 8, GOOD_YAML | {"TRAIN.OPTIMIZER.LR": 0.00035}, []),
+    "the file says the rate alone": (
+        config(DATA__TRAIN_BATCH=24, TRAIN__OPTIMIZER__LR=0.003),
+        1,
+        {"TRAIN.OPTIMIZER.LR": 0.003},
+        ["LR 0.003 is the rate for 64 images, DATA.TRAIN_BATCH is 24: scaled with the batch it would be 0.0011"],
+    ),
     "another optimizer": (config(DATA__TRAIN_BATCH=128, TRAIN__OPTIMIZER__NAME="sgd"), 8, {}, []),
 }
 

@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import load_config, parser
 from ..files import write_atomic
 from .check import GOOD, UNREADABLE_FILES, UNUSABLE, Examined, Report, check, examine_files
 from .decode import printable
 from .index import find_roots, read_dataset
-from .readers.files import Options
+from .plan import count_chunks
+from .readers.files import Options, RawDataset
 
 SHOWN = 20  # names of a kind that are printed; check.json has all
 SECONDS = 10  # between two lines of progress where there is no terminal
@@ -36,11 +39,12 @@ def main(argv: Sequence[str]) -> int:
         args, cfg = read_command(argv)
         roots = find_roots(cfg.DATA.ROOT, cfg.DATA.DATASET.split("+"))
         folder = Path(cfg.OUTPUT or "./runs") / cfg.DATA.DATASET / "check"
-        reports, num_files, seconds = [], 0, 0.0
+        reports, raws, num_files, seconds = [], [], 0, 0.0
         for name, root in roots.items():
             d = cfg.DATA
             options = Options(d.SPLIT_ID, d.CUHK03_LABELED, d.CUHK03_CLASSIC_SPLIT, d.MSMT17_VAL, d.MANIFEST)
             raw = read_dataset(name, root, options)
+            raws.append(raw)
             began = time.monotonic()
             report, files = check(name, str(root), raw, lambda paths: examine_with_progress(paths, args.workers))
             reports.append(report)
@@ -60,14 +64,28 @@ def main(argv: Sequence[str]) -> int:
     names = "check.txt, check.json" + (" and the pictures" if args.plot else "")
     print(f"{num_files:,} files in {seconds:.1f} s with {args.workers} processes; {names}: {folder}")
     verdict = max((report.verdict for report in reports), default=GOOD)
-    if verdict != UNUSABLE:
-        which = shlex.join(["--dataset", cfg.DATA.DATASET, "--root", cfg.DATA.ROOT])
-        print(f"next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml {which}")
+    if verdict != UNUSABLE and any(len(raw.train) for raw in raws):
+        print(f"next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml {what_to_train(cfg, raws)}")
     return verdict
 
 
+def what_to_train(cfg: Any, raws: Sequence[RawDataset]) -> str:
+    """The flags and keys with which a training on this data begins, also where it is small or has no test set."""
+    words = ["--dataset", cfg.DATA.DATASET, "--root", cfg.DATA.ROOT]
+    sizes = [np.unique(raw.train.pids, return_counts=True)[1] for raw in raws]
+    chunks = np.sort(count_chunks(np.concatenate(sizes), cfg.DATA.NUM_INSTANCES))
+    if not any(len(raw.query) and len(raw.gallery) for raw in raws):
+        held_out = max(2, len(chunks) // 5)
+        chunks = chunks[:-held_out]  # if those with the most images are drawn
+        words += ["DATA.VAL_IDS", str(held_out)]
+    most = int(chunks.sum()) * cfg.DATA.NUM_INSTANCES
+    if most < cfg.DATA.TRAIN_BATCH:
+        words += ["DATA.TRAIN_BATCH", str(most), "MODEL.BN_GROUP", str(most)]
+    return shlex.join(words)
+
+
 def read_command(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
-    p = parser("data check")
+    p = parser("data check", "Shows what is in a data set, and what is odd or broken in it.")
     p.add_argument("--plot", action="store_true", help="also draw a contact sheet and distributions")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores by default")
     if not argv or argv[0] != "check":
@@ -113,9 +131,10 @@ def describe(report: Report, shown: int) -> str:
             "  ".join([first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))])
         )
     lines += ["", "min, median, max: images an identity. one camera: identities that one camera alone has seen.", ""]
-    lines += [f"error    {text}" for text in report.errors] + [f"warning  {text}" for text in report.warnings]
+    lines += [f"error    {text}" for text in report.errors]
     if any(text.startswith(UNREADABLE_FILES) for text in report.errors):
-        lines.append("         DATA.ON_BAD_IMAGE skip trains without them")
+        lines.append("         DATA.ON_BAD_IMAGE skip trains without these files")
+    lines += [f"warning  {text}" for text in report.warnings]
     for kind, names in report.lists.items():
         lines += ["", f"{kind}: {len(names):,}", *(f"  {printable(name)}" for name in names[:shown])]
         if len(names) > shown:

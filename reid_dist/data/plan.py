@@ -44,6 +44,16 @@ class StepPlan(NamedTuple):
     augmentation: aug.Augmentation  # of each
 
 
+def count_chunks(sizes: np.ndarray, num_instances: int) -> np.ndarray:
+    """Chunks of `num_instances` that identities of so many images give in an epoch; the rest of one is left out."""
+    return np.where(sizes >= num_instances, sizes // num_instances, sizes > 0)
+
+
+def smaller_batch(most: int) -> str:
+    """What to do about a training set that does not fill a batch. Groups of the batch norm have to divide it, too."""
+    return f"expected at most DATA.TRAIN_BATCH {most}, such as DATA.TRAIN_BATCH {most} MODEL.BN_GROUP {most}"
+
+
 class EpochPlan:
     """The batches and the augmentation of every epoch. Epochs count from 1, steps within an epoch from 0."""
 
@@ -85,13 +95,13 @@ class EpochPlan:
         self._pids = pids
         self._sizes = np.bincount(pids)  # images of each identity
         num_places = batch // num_instances
-        num_chunks = np.where(self._sizes >= num_instances, self._sizes // num_instances, self._sizes > 0)
+        num_chunks = count_chunks(self._sizes, num_instances)
         if sampler != "chunk":
             num_identities = np.count_nonzero(num_chunks)
             if num_identities < num_places:
                 raise ValueError(
                     f"batch {batch} = {num_places} identities x {num_instances} instances, but the training set has "
-                    f"{num_identities} identities; expected a batch of at most {num_identities * num_instances}"
+                    f"{num_identities} identities; {smaller_batch(int(num_identities) * num_instances)}"
                 )
             self.num_steps = _largest_num_steps(num_chunks, num_places)
             num_chunks = np.minimum(num_chunks, self.num_steps)
@@ -100,7 +110,7 @@ class EpochPlan:
             if self.num_steps == 0:
                 raise ValueError(
                     f"batch {batch} = {num_places} chunks of {num_instances} images, but the training set has "
-                    f"{num_chunks.sum()} chunks; expected a batch of at most {num_chunks.sum() * num_instances}"
+                    f"{num_chunks.sum()} chunks; {smaller_batch(int(num_chunks.sum()) * num_instances)}"
                 )
         self._num_chunks = num_chunks  # chunks of each identity in an epoch
         self._cameras = Cameras(pids, camids) if sampler == "identity_camera" else None

@@ -131,6 +131,8 @@ def pair_lines(pairs: CameraPairs, names: Names) -> list[str]:
         a, b = np.unravel_index(place, pairs.mAP.shape)
         cameras = names.camid(int(pairs.query_camids[a])), names.camid(int(pairs.gallery_camids[b]))
         shown.append(f"{pairs.mAP[a, b]:.1%} (camera {cameras[0]} to {cameras[1]})")
+    if np.nanmin(pairs.mAP) == np.nanmax(pairs.mAP):
+        return [f"cameras   mAP of every camera pair {np.nanmax(pairs.mAP):.1%}"]
     return [f"cameras   mAP by camera pair from {shown[0]} to {shown[1]}"]
 
 

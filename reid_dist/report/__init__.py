@@ -4,7 +4,17 @@ Importing it needs no torch: `python -m reid_dist.report` and the page built bes
 """
 
 from .background import PageBuilder
-from .console import METRICS, Reporter, clock, describe_best, draw_ranked_lists, eval_event, result_numbers, table
+from .console import (
+    METRICS,
+    Reporter,
+    clock,
+    describe_best,
+    draw_ranked_lists,
+    eval_event,
+    rating,
+    result_numbers,
+    table,
+)
 from .facts import note_start, software
 from .run import PAGE
 from .services import new_run_id, open_services
@@ -21,6 +31,7 @@ __all__ = [
     "new_run_id",
     "note_start",
     "open_services",
+    "rating",
     "result_numbers",
     "software",
     "table",

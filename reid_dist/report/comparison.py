@@ -22,7 +22,7 @@ CURVES: tuple[tuple[str, str, dict[str, bool]], ...] = (
     ("loss_cla", "Classification loss", {}),
     ("loss_pair", "Pair loss", {}),
     ("acc", "Accuracy of the classifier", {"percent": True}),
-    ("lr", "Learning rate", {"zero": True}),
+    ("lr", "Learning rate", {"log": True}),
     ("images_per_s", "Images a second", {"zero": True}),
     ("data_wait", "Share of time that waits for images", {"percent": True, "zero": True}),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from .run import DETAILS_FILE, METRICS_FILE
 from .services import UPLOAD_S, Service, finish_all
 
 SETTLED = 20  # steps after which the speed says something
-SLOW_DATA = 0.2  # more waiting for images than this share of the time is said
+SLOW_DATA = 0.2  # more waiting for images than this share of the time is said,
+ENOUGH_WAITS = 3  # in the median of so many log lines: one alone may be a hiccup
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 
 
@@ -48,6 +50,7 @@ class Reporter:
         self.bar_epoch = 0
         self.num_seen = 0  # steps of this process
         self.told: set[str] = set()
+        self.waits: list[float] = []  # shares of the time that went into waiting for images
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -138,12 +141,14 @@ class Reporter:
         """Once the first steps are over: how long an epoch takes, and whether the network waits for images."""
         seconds = self.batch / event["images_per_s"]  # of a step
         epoch, left = self.steps_per_epoch * seconds, (self.num_steps - event["step"]) * seconds
-        expected = f"about {duration(epoch)} an epoch, {duration(left)} to the end, evaluations aside"
+        expected = f"{duration(epoch)} an epoch, {duration(left)} to the end, evaluations aside"
         self.say_once("speed", f"speed     {expected}")
-        if event["data_wait"] > SLOW_DATA:
+        self.waits.append(event["data_wait"])
+        wait = statistics.median(self.waits)
+        if len(self.waits) >= ENOUGH_WAITS and wait > SLOW_DATA:
             self.say_once(
                 "data wait",
-                f"warning   {event['data_wait']:.0%} of the time the network waits for images: more DATA.NUM_WORKERS, "
+                f"warning   {wait:.0%} of the time the network waits for images: more DATA.NUM_WORKERS, "
                 "DATA.CACHE encoded, or on a GPU DATA.DECODE_DEVICE gpu",
             )
 
@@ -198,14 +203,14 @@ def describe(event: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """'48 s', '3 min 20 s', '2 h 5 min', '1 d 3 h'."""
+    """'under 1 s', '48 s', '3 min 20 s', '2 h 5 min', '1 d 3 h'."""
     units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
     whole = round(seconds)
     for (size, name), (smaller, next_name) in itertools.pairwise(units):
         if whole >= size:
             rest = whole % size // smaller
             return f"{whole // size} {name}" + (f" {rest} {next_name}" if rest else "")
-    return f"{whole} s"
+    return f"{whole} s" if whole else "under 1 s"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -225,6 +230,11 @@ def result_numbers(result: Any) -> dict[str, Any]:
 def eval_event(epoch: int, step: int, dataset: str, result: Any) -> dict[str, Any]:
     """The eval line of metrics.jsonl from an EvalResult on test set `dataset`."""
     return {"event": "eval", "epoch": epoch, "step": step, "dataset": dataset} | result_numbers(result)
+
+
+def rating(event: dict[str, Any], metric: str) -> tuple[float, float]:
+    """What evaluations are compared by: the metric, and mAP among equals, of which rank-1 has many on small sets."""
+    return event[metric], event["mAP"]
 
 
 def describe_best(best: dict[str, Any], metric: str, chosen_on: str) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomic
-from .console import METRICS
+from .console import METRICS, rating
 from .markup import escape, numbers, page, per_cent, person, table
 from .plots import Line, curves, histogram
 from .run import PAGE, Run
 
+# TEST.DISTANCE, as the numbers under an image are made of it.
+DISTANCES = {"cosine": "minus the cosine, from -1 (equal) to 1", "euclidean": "squared Euclidean"}
 KINDS = {
     "worst": "the worst queries",
     "median": "queries in the middle",
@@ -94,7 +96,7 @@ def series(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 def best_of(events: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """The first of the best."""
-    return max(events, key=lambda e: e[metric])
+    return max(events, key=lambda e: rating(e, metric))
 
 
 def key_figures(run: Run) -> str:
@@ -200,7 +202,7 @@ def evaluation(run: Run, details: dict[str, Any]) -> str:
         title = f"ROC on {label}: pairs of one identity that are accepted, by wrongly accepted pairs"
         plots.append(curves(title, [line], "false positive rate", percent=True, x_log=True))
     return (
-        f"<p>{escape(when)}; {escape(counts)}; distance: {escape(details['distance'])}.</p>"
+        f"<p>{escape(when)}; {escape(counts)}; distance: {escape(DISTANCES[details['distance']])}.</p>"
         f'<div class="plots">{"".join(plots)}</div>{camera_pairs(details)}{worst_identities(details)}'
     )
 

@@ -78,6 +78,7 @@ def curves(
                 axis.set_xlim(lines[0].x[0] - 1, lines[0].x[0] + 1)
         if percent:
             axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            axis.set_ylim(top=min(axis.get_ylim()[1], 1.005))  # nothing is above 100 %
         if len(lines) > 1:
             axis.legend()
 
