@@ -12,4 +12,6 @@ if [ -e .venv/bin/activate ]; then . .venv/bin/activate; fi # what `make` has se
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
 ranks=${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" -m reid_dist.train "$@"
+# The machine's own name need not resolve, as in some containers: ranks would wait for it.
+exec torchrun --standalone --local-addr=localhost --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" \
+    -m reid_dist.train "$@"
