@@ -5,6 +5,7 @@ Plain values that fit into a small JSON file: the page is made of it without the
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -106,7 +107,9 @@ def shown_query(found: RankedList, result: EvalResult, test: TestSet) -> dict[st
 
 def image(split: Split, i: int) -> dict[str, str]:
     camera = "" if split.camids is None else split.camid_name(int(split.camids[i]))
-    return {"path": split.path(i), "pid": split.pid_name(int(split.pids[i])), "camera": camera}
+    # Absolute, so that the page can be built again from another folder than the training was started in.
+    path = os.path.abspath(split.path(i))  # noqa: PTH100 - not what links mean
+    return {"path": path, "pid": split.pid_name(int(split.pids[i])), "camera": camera}
 
 
 def confused_pairs(found: list[RankedList], test: TestSet) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ import pytest
 
 from reid_dist import evaluate
 from reid_dist.data.index import TestSet, build_index
-from reid_dist.details import choose_queries, confused_pairs
+from reid_dist.data.split import Split
+from reid_dist.details import choose_queries, confused_pairs, image
 from reid_dist.evaluator import RankedList
 from reid_dist.report import PageBuilder, Reporter, background
 from reid_dist.report.__main__ import main
@@ -330,6 +331,12 @@ def test_speed_and_waiting_are_judged_once_after_twenty_steps(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("epoch")]
     assert said[0] == "speed     3 min 20 s an epoch, 32 min 40 s to the end, evaluations aside"
     assert said[1].startswith("warning   35% of the time the network waits for images") and len(said) == 2
+
+
+def test_pictures_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    split = Split(("people",), np.array([b"train/anna/hall_1.jpg"]), np.array([7]), np.array([0]))
+    assert image(split, 0) == {"path": f"{tmp_path}/people/train/anna/hall_1.jpg", "pid": "7", "camera": "0"}
 
 
 def test_one_hiccup_is_no_waiting_for_images(tmp_path, capsys):
