@@ -7,8 +7,10 @@
 #                   there are not enough for all ranks.
 set -euo pipefail
 
-# shellcheck disable=SC1091
-if [ -e .venv/bin/activate ]; then . .venv/bin/activate; fi # what `make` has set up; else the environment as it is
+# What `make` has set up, where no other environment is active.
+venv="$(dirname "$0")/../.venv/bin/activate"
+# shellcheck disable=SC1090
+if ! command -v torchrun >/dev/null && [ -e "$venv" ]; then . "$venv"; fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted ranks can read the addresses of dead ones
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')

@@ -15,7 +15,7 @@ from typing import NoReturn
 # Types and words of errors from collectives. gloo's own often come without its name.
 LOST_PEER = (
     r"gloo|DistBackendError|DistNetworkError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket closed|"
-    r"[Tt]imed out|(Application|Connect|Read|Write) timeout|is unreachable|No route to host"
+    r"[Tt]imed out|Application timeout|(Connect|Read|Write) timeout \[|\]:\d+: (\w+ is unreachable|No route to host)"
 )
 
 

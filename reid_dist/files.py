@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ def named(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # only a text, which a name would take the place of
+            raise OSError(errno.EIO, str(error), str(file)) from error
         error.filename = error.filename or str(file)
         raise
 

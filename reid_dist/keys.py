@@ -136,7 +136,7 @@ _C.TEST.EXPAND_K = 10  # neighbours added to a feature
 _C.TEST.EXPAND_ALPHA = 3.0  # power of their cosines, which weigh them
 # Evaluations with one gallery image of each identity, drawn anew (SEED); 0: none, but 100 for CUHK03's classic splits
 _C.TEST.SINGLE_SHOT = 0
-_C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by
+_C.TEST.BEST_METRIC = "rank1"  # rank1 (as the original) | mAP: what best.pt is the best by; mAP decides among equals
 
 _C.REPORT = CfgNode()
 _C.REPORT.PAGE = True  # after each evaluation report/index.html is built, by a process beside the training

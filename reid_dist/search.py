@@ -122,7 +122,7 @@ small { display: block; color: var(--soft); font-size: 12px; overflow-wrap: anyw
 
 def shown(gallery: FeatureFile, row: int) -> str:
     """An image's name behind that of its folder, which is often whom it shows."""
-    return "/".join(Path(str(gallery.paths[row])).parts[-2:])
+    return "/".join(part for part in Path(str(gallery.paths[row])).parts[-2:] if part != "/")
 
 
 def page(queries: list[str], found: list[list[Answer]], gallery: FeatureFile) -> str:

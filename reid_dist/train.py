@@ -32,13 +32,13 @@ from .optim import Schedule, build_optimizer, lr_at, parameter_groups, set_lr
 from .report import (
     PageBuilder,
     Reporter,
+    best_of,
     clock,
     describe_best,
     eval_event,
     new_run_id,
     note_start,
     open_services,
-    rating,
     table,
 )
 from .resume import (
@@ -231,7 +231,7 @@ def test(
     reporter.say(table(events))
     state.last_eval = state.step
     first, *others = events.values()  # the best checkpoint is chosen on the first
-    if not state.best or rating(first, cfg.TEST.BEST_METRIC) > rating(state.best, cfg.TEST.BEST_METRIC):
+    if not state.best or best_of([state.best, first], cfg.TEST.BEST_METRIC) is first:
         state.best = first | {"others": others}
     if picture:
         reporter.save_result({"final": first | {"others": others}, "best": state.best, "steps": state.step})

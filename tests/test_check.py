@@ -166,7 +166,7 @@ def test_sets_that_cannot_be_used_say_why(tmp_path, capsys):
     layouts.write_images(tmp_path / "b", ["train/1/a.jpg", "train/2/a.jpg"])
     code, [report] = run_check("folder", tmp_path / "b", tmp_path)
     assert code == 1 and report["warnings"] == ["no test set: training on it takes DATA.VAL_IDS or TEST.DATASETS"]
-    assert "DATA.VAL_IDS 2 " in capsys.readouterr().out.splitlines()[-1]
+    assert "next " not in capsys.readouterr().out  # nobody can be held out
     assert main(["check", "--dataset", "folder", "--root", str(tmp_path / "nowhere")]) == 2
     assert main(["check", "--dataset", "mars", "--root", str(tmp_path)]) == 2
     assert main(["chek"]) == 2 and main(["check", "--rot", "x"]) == 2
@@ -175,21 +175,43 @@ def test_sets_that_cannot_be_used_say_why(tmp_path, capsys):
     assert "expected an existing folder" in errors[0] and "expected one of market1501" in errors[1]
 
 
-@pytest.mark.parametrize("has_test", [True, False])
-def test_the_command_that_is_named_next_trains_on_a_small_set(tmp_path, capsys, has_test):
-    """Six identities do not fill the default batch, and some of them may have to serve as the test set."""
-    seen = [f"train/{pid}/{camera}_{n}.jpg" for pid in range(6) for camera in "ab" for n in range(3)]
-    tests = ["query/7/a_1.jpg", "gallery/7/b_1.jpg"] if has_test else []
-    layouts.write_images(tmp_path / "set", [*seen, *tests])
-    run_check("folder", tmp_path / "set", tmp_path)
+TEST_PART = ["query/99/a_1.jpg", "gallery/99/b_1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("num_pids", "cameras", "more", "keys", "expected"),
+    [
+        (6, "ab", TEST_PART, "", "DATA.TRAIN_BATCH 24 MODEL.BN_GROUP 24"),
+        (6, "ab", [], "", "DATA.VAL_IDS 2 DATA.TRAIN_BATCH 16 MODEL.BN_GROUP 16"),
+        (15, "ab", TEST_PART, "", "DATA.TRAIN_BATCH 60 MODEL.BN_GROUP 30"),
+        (2, "ab", [], "", "DATA.VAL_IDS 1 DATA.TRAIN_BATCH 4 MODEL.BN_GROUP 4"),
+        (6, "ab", TEST_PART, "DATA.NUM_INSTANCES 2", "DATA.NUM_INSTANCES 2 DATA.TRAIN_BATCH 36 MODEL.BN_GROUP 18"),
+        (6, "ab", TEST_PART, "DATA.TRAIN_BATCH 12 MODEL.BN_GROUP 4", "DATA.TRAIN_BATCH 12 MODEL.BN_GROUP 4"),
+        (16, "ab", TEST_PART, "", "set"),
+    ],
+)
+def test_the_command_that_is_named_next_trains_on_a_small_set(
+    tmp_path, capsys, num_pids, cameras, more, keys, expected
+):
+    """Few identities do not fill the default batch, and some of them may have to serve as the test set."""
+    seen = [f"train/{pid}/{camera}_{n}.jpg" for pid in range(num_pids) for camera in cameras for n in range(3)]
+    layouts.write_images(tmp_path / "set", [*seen, *more])
+    run_check("folder", tmp_path / "set", tmp_path, *keys.split())
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml ")
-    assert last.endswith("DATA.TRAIN_BATCH 24 MODEL.BN_GROUP 24" if has_test else "TRAIN_BATCH 16 MODEL.BN_GROUP 16")
+    assert last.endswith((f" {expected}", f"/{expected}"))
     folder = ["--output", str(tmp_path / "runs"), "--tag", "t"]
     tiny = "MODEL.NAME tiny MODEL.FEATURE_DIM 128 DATA.HEIGHT 32 DATA.WIDTH 16 DATA.PIPELINE torch TRAIN.MAX_STEPS 1"
     argv = [*shlex.split(last)[4:], *folder, *tiny.split(), "MODEL.PRETRAINED", ""]
     train.main(World(0, 0, 1, torch.device("cpu")), argv)
     assert "mAP" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seen", [["0/a_0.jpg"], ["0/a_0.jpg", "0/b_0.jpg", "0/a_1.jpg"], ["0/a_0.jpg", "1/a_0.jpg"]])
+def test_no_command_is_named_where_none_would_do(tmp_path, capsys, seen):
+    layouts.write_images(tmp_path / "set/train", seen)
+    run_check("folder", tmp_path / "set", tmp_path)
+    assert "next " not in capsys.readouterr().out
 
 
 def test_plots(tmp_path):

@@ -135,13 +135,14 @@ def test_nothing_to_resume(tmp_path):
         checkpoint.find(tmp_path, str(tmp_path / "other.pt"))
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), OSError("disk full")])
+def test_a_failing_write_leaves_the_old_file(tmp_path, error):
     file = tmp_path / "a"
     checkpoint.write_atomic(file, lambda part: part.write_text("old"))
 
     def fail(part):
         part.write_text("half")
-        raise OSError(errno.ENOSPC, "disk full")
+        raise error
 
     with pytest.raises(OSError, match=r"disk full: '.*/a'"):
         checkpoint.write_atomic(file, fail)

@@ -231,6 +231,25 @@ def test_a_hang_is_told_with_step_and_phase_of_each_rank_and_ends_with_the_timeo
     assert "sleep_on_rank_1" in (tmp_path / "market1501/t/logs/rank1.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9753", True),
+        ("Application timeout caused pair closure", True),  # gloo, when a cable was cut
+        ("Timed out waiting 5000ms for recv operation to complete", True),
+        ("writev [10.0.0.2]:4711: No route to host", True),
+        ("Read timeout [10.0.0.2]:4711", True),
+        ("writev [fe80::1]:4711: Network is unreachable", True),
+        ("could not fetch: <urlopen error [Errno 101] Network is unreachable>", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_an_error_of_ones_own(message, lost):
+    assert failure.lost_peer(RuntimeError(message)) is lost
+    assert not failure.lost_peer(KeyError(message))
+
+
 def full_disk(argv):
     def save_tensors(state, part):
         if state["step"] >= 4:
@@ -242,23 +261,6 @@ def full_disk(argv):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("message", "lost"),
-    [
-        ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9753", True),
-        ("Application timeout caused pair closure", True),  # gloo, when a cable was cut
-        ("Timed out waiting 5000ms for recv operation to complete", True),
-        ("writev [10.0.0.2]:4711: No route to host", True),
-        ("Read timeout [10.0.0.2]:4711", True),
-        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
-        ("The size of tensor a (3) must match the size of tensor b (4)", False),
-    ],
-)
-def test_a_lost_rank_is_told_from_an_error_of_ones_own(message, lost):
-    assert failure.lost_peer(RuntimeError(message)) is lost
-    assert not failure.lost_peer(KeyError(message))
-
-
 def test_a_full_disk_ends_all_ranks_with_one_line_and_leaves_the_last_checkpoint(pedestrians, tmp_path, capfd):
     text = f"{PLAIN} TRAIN.CHECKPOINT_STEP 2 TRAIN.MAX_STEPS 40"
     with pytest.raises(AssertionError, match=r"(?s)rank 0.*UserError.*rank 1.*UserError"):

@@ -294,7 +294,7 @@ def test_golden_hash(sampler, expected):
         ([0] * 8, {"cj_hue": 0.6}, "cj_hue 0.6; expected 0 to 0.5"),
         ([0] * 8, {"re_fill": "red"}, "re_fill 'red'; expected one of constant"),
         ([0] * 8, {"batch": 12}, "at most DATA.TRAIN_BATCH 8"),
-        ([0] * 99, {"sampler": "identity"}, "has 1 identities; expected at most DATA.TRAIN_BATCH 4, such as"),
+        ([0] * 99, {"sampler": "identity"}, "has 1 identities; expected at most DATA.TRAIN_BATCH 4, and"),
         ([], {}, "at least one image"),
         ([-1, 0], {}, "label >= 0"),
         ([0] * 8, {"seed": -1}, "seed -1"),

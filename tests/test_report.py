@@ -20,8 +20,7 @@ from reid_dist.details import choose_queries, confused_pairs, image
 from reid_dist.evaluator import RankedList
 from reid_dist.report import PageBuilder, Reporter, background
 from reid_dist.report.__main__ import main
-from reid_dist.report.console import duration
-from reid_dist.report.page import best_of
+from reid_dist.report.console import best_of, duration
 from reid_dist.report.plots import Line, curves, thin
 from reid_dist.report.run import read_run
 from tests import ranks

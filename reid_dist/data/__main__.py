@@ -24,9 +24,11 @@ from ..config import load_config, parser
 from ..files import write_atomic
 from .check import GOOD, UNREADABLE_FILES, UNUSABLE, Examined, Report, check, examine_files
 from .decode import printable
-from .index import find_roots, read_dataset
+from .index import find_roots, read_dataset, unite
 from .plan import count_chunks
 from .readers.files import Options, RawDataset
+from .split import relabel
+from .subset import find_candidates, first_of_cameras
 
 SHOWN = 20  # names of a kind that are printed; check.json has all
 SECONDS = 10  # between two lines of progress where there is no terminal
@@ -64,24 +66,35 @@ def main(argv: Sequence[str]) -> int:
     names = "check.txt, check.json" + (" and the pictures" if args.plot else "")
     print(f"{num_files:,} files in {seconds:.1f} s with {args.workers} processes; {names}: {folder}")
     verdict = max((report.verdict for report in reports), default=GOOD)
-    if verdict != UNUSABLE and any(len(raw.train) for raw in raws):
-        print(f"next      python -m reid_dist.train --cfg configs/res50_ce_triplet.yaml {what_to_train(cfg, raws)}")
+    words = what_to_train(args, cfg, dict(zip(roots, raws, strict=True))) if verdict != UNUSABLE else []
+    if words:
+        print(f"next      python -m reid_dist.train {shlex.join(words)}")
     return verdict
 
 
-def what_to_train(cfg: Any, raws: Sequence[RawDataset]) -> str:
-    """The flags and keys with which a training on this data begins, also where it is small or has no test set."""
-    words = ["--dataset", cfg.DATA.DATASET, "--root", cfg.DATA.ROOT]
-    sizes = [np.unique(raw.train.pids, return_counts=True)[1] for raw in raws]
-    chunks = np.sort(count_chunks(np.concatenate(sizes), cfg.DATA.NUM_INSTANCES))
-    if not any(len(raw.query) and len(raw.gallery) for raw in raws):
-        held_out = max(2, len(chunks) // 5)
-        chunks = chunks[:-held_out]  # if those with the most images are drawn
-        words += ["DATA.VAL_IDS", str(held_out)]
-    most = int(chunks.sum()) * cfg.DATA.NUM_INSTANCES
-    if most < cfg.DATA.TRAIN_BATCH:
-        words += ["DATA.TRAIN_BATCH", str(most), "MODEL.BN_GROUP", str(most)]
-    return shlex.join(words)
+def what_to_train(args: argparse.Namespace, cfg: Any, raws: dict[str, RawDataset]) -> list[str]:
+    """The flags and keys with which a training on this data begins, also where it is small or has no test set.
+
+    [] where none does: there is nothing to train on, or nobody to test on.
+    """
+    d = cfg.DATA
+    train, num_pids = relabel(unite({name: raw.train for name, raw in raws.items()}))
+    if not num_pids:
+        return []
+    chunks = count_chunks(np.bincount(train.pids), d.NUM_INSTANCES)
+    words = ["--cfg", args.cfg or "configs/res50_ce_triplet.yaml", "--dataset", d.DATASET, "--root", d.ROOT, *args.opts]
+    if not cfg.TEST.DATASETS and not all(len(raw.query) and len(raw.gallery) for raw in raws.values()):
+        candidates = find_candidates(train, first_of_cameras(train)[0])
+        num = min(max(2, num_pids // 5), len(candidates), num_pids - 1)
+        if num < 1:
+            return []
+        words += ["DATA.VAL_IDS", str(num)]
+        chunks[candidates[chunks[candidates].argsort()[-num:]]] = 0  # if those with the most images are drawn
+    most = int(chunks.sum() if d.SAMPLER == "chunk" else np.count_nonzero(chunks)) * d.NUM_INSTANCES
+    if most < d.TRAIN_BATCH:
+        group = max(n for n in range(1, (cfg.MODEL.BN_GROUP or most) + 1) if most % n == 0)
+        words += ["DATA.TRAIN_BATCH", str(most), "MODEL.BN_GROUP", str(group)]
+    return words
 
 
 def read_command(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:

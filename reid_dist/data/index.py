@@ -205,10 +205,10 @@ def match_notes(test: TestSet, root: str) -> list[str]:
     """What the junk rule means for a test set. Raises ValueError if nothing could be evaluated."""
     for split, what in ((test.query, "query"), (test.gallery, "gallery")):
         if len(split) == 0:
-            raise ValueError(
-                f"DATA.ROOT {root!r}: no images of {test.name} in its {what} folder; DATA.VAL_IDS N takes N training "
-                "identities to test on, TEST.DATASETS another data set"
-            )
+            remedy = ""
+            if len(test.query) == len(test.gallery) == 0:
+                remedy = "; DATA.VAL_IDS N takes N training identities to test on, TEST.DATASETS another data set"
+            raise ValueError(f"DATA.ROOT {root!r}: no images of {test.name} in its {what} folder{remedy}")
     notes = []
     if test.query.camids is None:
         notes.append(f"{test.name}: no camera ids, so it is evaluated without the junk rule: no image is left out")

@@ -51,7 +51,7 @@ def count_chunks(sizes: np.ndarray, num_instances: int) -> np.ndarray:
 
 def smaller_batch(most: int) -> str:
     """What to do about a training set that does not fill a batch. Groups of the batch norm have to divide it, too."""
-    return f"expected at most DATA.TRAIN_BATCH {most}, such as DATA.TRAIN_BATCH {most} MODEL.BN_GROUP {most}"
+    return f"expected at most DATA.TRAIN_BATCH {most}, and a MODEL.BN_GROUP that divides it"
 
 
 class EpochPlan:

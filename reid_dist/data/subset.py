@@ -38,6 +38,20 @@ def drop(index: DatasetIndex, positions: np.ndarray) -> DatasetIndex:
     return replace(index, train=train, num_pids=num_pids, tests=tests)
 
 
+def first_of_cameras(train: Split) -> tuple[np.ndarray, np.ndarray]:
+    """((m,) place of the first image of each pair of a pid and a camera, (m,) images of the pair)."""
+    pairs = train.pids * (int(train.cameras.max()) + 1) + train.cameras
+    _, first, sizes = np.unique(pairs, return_index=True, return_counts=True)
+    return first, sizes
+
+
+def find_candidates(train: Split, first: np.ndarray) -> np.ndarray:
+    """The labels that `hold_out` can choose from. first: of `first_of_cameras`."""
+    num_images = np.bincount(train.pids)
+    num_cameras = np.bincount(train.pids[first])
+    return np.flatnonzero((num_images > num_cameras) & (num_cameras >= (1 if train.camids is None else 2)))
+
+
 def hold_out(index: DatasetIndex, num: int, seed: int) -> DatasetIndex:
     """`num` training identities become a test set of their own, the first one, on which the best checkpoint is chosen.
 
@@ -47,12 +61,8 @@ def hold_out(index: DatasetIndex, num: int, seed: int) -> DatasetIndex:
     match. Raises ValueError when there are fewer than `num`, or nothing is left to train on.
     """
     train = index.train
-    num_images = np.bincount(train.pids, minlength=index.num_pids)
-    pairs = train.pids * (int(train.cameras.max()) + 1) + train.cameras
-    _, first, sizes = np.unique(pairs, return_index=True, return_counts=True)
-    num_cameras = np.bincount(train.pids[first], minlength=index.num_pids)
-    fits = (num_images > num_cameras) & (num_cameras >= (1 if train.camids is None else 2))
-    candidates = np.flatnonzero(fits)
+    first, sizes = first_of_cameras(train)
+    candidates = find_candidates(train, first)
     if num > len(candidates) or num >= index.num_pids:
         need = "two images" if train.camids is None else "images of two cameras, two of one of them"
         most = min(len(candidates), index.num_pids - 1)

@@ -7,11 +7,11 @@ from .background import PageBuilder
 from .console import (
     METRICS,
     Reporter,
+    best_of,
     clock,
     describe_best,
     draw_ranked_lists,
     eval_event,
-    rating,
     result_numbers,
     table,
 )
@@ -24,6 +24,7 @@ __all__ = [
     "PAGE",
     "PageBuilder",
     "Reporter",
+    "best_of",
     "clock",
     "describe_best",
     "draw_ranked_lists",
@@ -31,7 +32,6 @@ __all__ = [
     "new_run_id",
     "note_start",
     "open_services",
-    "rating",
     "result_numbers",
     "software",
     "table",

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from ..config import defaults, flatten
 from ..files import write_atomic
 from ..keys import FREE_ON_RESUME
-from .console import METRICS
+from .console import METRICS, best_of
 from .markup import escape, page, per_cent, table
-from .page import best_of, column, series, time_axis
-from .plots import Line, curves
+from .page import column, series, time_axis
+from .plots import Line, curves, is_wide
 from .results import PART_OF_THE_ROW
 from .run import PAGE, Run
 
@@ -22,7 +24,7 @@ CURVES: tuple[tuple[str, str, dict[str, bool]], ...] = (
     ("loss_cla", "Classification loss", {}),
     ("loss_pair", "Pair loss", {}),
     ("acc", "Accuracy of the classifier", {"percent": True}),
-    ("lr", "Learning rate", {"log": True}),
+    ("lr", "Learning rate", {"zero": True}),
     ("images_per_s", "Images a second", {"zero": True}),
     ("data_wait", "Share of time that waits for images", {"percent": True, "zero": True}),
 )
@@ -131,7 +133,8 @@ def training(names: list[str], runs: list[Run]) -> str:
             Line(name, x, column(run.train, key), i)
             for i, (name, run, (x, _)) in enumerate(zip(names, runs, axes, strict=True))
         ]
-        plots.append(curves(title, lines, axes[0][1], **style))
+        log = key == "lr" and is_wide(np.concatenate([line.y for line in lines]))
+        plots.append(curves(title, lines, axes[0][1], log=log, **style))
     return f'<div class="plots">{"".join(plots)}</div>' if any(plots) else ""
 
 

@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ class Reporter:
         self.bar_epoch = 0
         self.num_seen = 0  # steps of this process
         self.told: set[str] = set()
-        self.waits: list[float] = []  # shares of the time that went into waiting for images
+        self.waits: deque[float] = deque(maxlen=9)  # the newest shares of the time that went into waiting for images
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -232,9 +233,9 @@ def eval_event(epoch: int, step: int, dataset: str, result: Any) -> dict[str, An
     return {"event": "eval", "epoch": epoch, "step": step, "dataset": dataset} | result_numbers(result)
 
 
-def rating(event: dict[str, Any], metric: str) -> tuple[float, float]:
-    """What evaluations are compared by: the metric, and mAP among equals, of which rank-1 has many on small sets."""
-    return event[metric], event["mAP"]
+def best_of(events: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The first of the best by the metric, and by mAP among equals, of which rank-1 has many on small sets."""
+    return max(events, key=lambda e: (e[metric], e["mAP"]))
 
 
 def describe_best(best: dict[str, Any], metric: str, chosen_on: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomic
-from .console import METRICS, rating
+from .console import METRICS, best_of
 from .markup import escape, numbers, page, per_cent, person, table
-from .plots import Line, curves, histogram
+from .plots import Line, curves, histogram, is_wide
 from .run import PAGE, Run
 
 # TEST.DISTANCE, as the numbers under an image are made of it.
@@ -94,11 +94,6 @@ def series(run: Run) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def best_of(events: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first of the best."""
-    return max(events, key=lambda e: rating(e, metric))
-
-
 def key_figures(run: Run) -> str:
     by_name = series(run)
     if not by_name:
@@ -159,11 +154,10 @@ def training_curves(run: Run) -> str:
 
     losses = [line("loss", "sum"), line("loss_cla", "classification", 1), line("loss_pair", "pairs", 2)]
     rates = column(run.train, "lr")
-    wide = np.nanmin(rates) > 0 and np.nanmax(rates) > 20 * np.nanmin(rates)
     plots = [
         curves("Losses", losses, x_label),
         curves("Accuracy of the classifier", [line("acc", "accuracy")], x_label, percent=True),
-        curves("Learning rate", [line("lr", "learning rate")], x_label, log=bool(wide), zero=True),
+        curves("Learning rate", [line("lr", "learning rate")], x_label, log=is_wide(rates), zero=True),
         curves("Images a second", [line("images_per_s", "images/s")], x_label, zero=True),
         curves(
             "Share of time that waits for images", [line("data_wait", "data wait")], x_label, percent=True, zero=True

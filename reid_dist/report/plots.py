@@ -86,6 +86,11 @@ def curves(
     return figure(title, "; ".join(in_words(line, form) for line in lines), draw)
 
 
+def is_wide(values: np.ndarray) -> bool:
+    """Whether positive values go over more than a decade, so that a logarithmic axis shows them better."""
+    return bool(values.size and np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmin(values))
+
+
 def in_words(line: Line, form: Callable[[float], str]) -> str:
     """'loss: 9.1 at first, 0.52 at last, least 0.5, greatest 9.1'."""
     y = line.y[np.isfinite(line.y)]

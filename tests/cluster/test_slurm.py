@@ -79,7 +79,8 @@ def test_two_nodes_train_as_one_machine_does(slurm, pedestrians, straight, tmp_p
     job, log = train(slurm, pedestrians, tmp_path / "a")
     text = check_end(slurm, job, log, straight, restarts=0)
     # torchrun of the second node may complain of the first one's, which has ended before it.
-    assert "Traceback" not in text and "reid_dist: error" not in text, text
+    lines = [line for line in text.splitlines() if "failed to shutdown the rendezvous" not in line]
+    assert not [line for line in lines if "Traceback" in line or "error" in line], text
 
 
 def test_a_job_that_is_told_to_stop_and_then_loses_its_nodes_ends_as_if_nothing_had_happened(
