@@ -29,7 +29,12 @@ nav a { margin-right: .9rem; display: inline-block; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .numbers div { background: var(--panel); border-radius: .4rem; padding: .5rem .8rem; }
 .numbers b { display: block; font-size: 1.4rem; }
-.scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--link); }
+/* A shadow where a table goes on; covers that scroll along hide it at the table's own edges. */
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--back), transparent) left / 2rem 100% local,
+  linear-gradient(to left, var(--back), transparent) right / 2rem 100% local,
+  linear-gradient(to right, var(--grid), transparent) left / .7rem 100% scroll,
+  linear-gradient(to left, var(--grid), transparent) right / .7rem 100% scroll; background-repeat: no-repeat; }
+.scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th { overflow-wrap: break-word; }
