@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 from reid_dist import dist
@@ -72,6 +73,8 @@ def start_ranks(world_size, folder, fn, args, kwargs, timeout_s):
 def _child(rank, world_size, port, folder, fn, args, kwargs, timeout_s):
     """Runs one rank and ends the process, whatever happens: a child must never come back into the test runner."""
     try:
+        # A fork server of the test runner's is no child of this process, which could not wait for it.
+        forkserver._forkserver.__init__()
         # Where a rank hangs, on the real stderr: pytest's stand-ins have no file descriptor.
         faulthandler.dump_traceback_later(timeout_s - 1, file=sys.__stderr__)
         file = folder / f"{rank}.pickle"

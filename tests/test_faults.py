@@ -349,7 +349,8 @@ def test_what_prepares_images_ends_with_its_rank(pedestrians, tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         (rank,) = start_ranks(1, Path(folder), start, (arguments(pedestrians, tmp_path, text),), {}, 100)
         deadline = time.monotonic() + 90
-        while soak.count_events(tmp_path / "market1501/t") < 3 and time.monotonic() < deadline:
+        while soak.count_events(tmp_path / "market1501/t") < 3:
+            assert time.monotonic() < deadline and soak.read_command(rank), "the rank has ended, or does not start"
             time.sleep(0.01)
         helpers = descendants(rank)
         num_workers = sum(b"forkserver" in soak.read_command(pid) for pid in helpers) - 1  # one is the server
