@@ -49,6 +49,16 @@ def tell(record_property):
     return lambda line: record_property("tell", line)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A test of several ranks that is skipped has failed, unless its mark says what it needs that a laptop lacks."""
+    report = yield
+    mark = item.get_closest_marker("ranks")
+    if report.skipped and mark and "needs" not in mark.kwargs:
+        report.outcome, report.longrepr = "failed", f"{item.nodeid}: skipped, but a test of ranks always runs"
+    return report
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests have told; how many of those that start real clusters have run, and why the others have not."""
     for report in terminalreporter.stats.get("passed", []):

@@ -112,7 +112,7 @@ def test_synthetic_command_writes_the_layout(tmp_path):
 REAL = os.environ.get("REID_DIST_MARKET1501", "")
 
 
-@pytest.mark.ranks
+@pytest.mark.ranks(needs="real images")
 @pytest.mark.skipif(not REAL, reason="REID_DIST_MARKET1501 does not name a folder with real Market-1501 images")
 def test_a_step_on_real_images(tmp_path):
     assert Path(REAL).is_dir()

@@ -279,7 +279,7 @@ def make_read_only(output, rank, done, images):
     return images
 
 
-@pytest.mark.ranks
+@pytest.mark.ranks(needs="root and mounts")
 def test_a_folder_that_becomes_read_only_ends_all_ranks_and_the_run_goes_on_later(pedestrians, tmp_path):
     if subprocess.run(["mount", "--bind", tmp_path, tmp_path], capture_output=True).returncode:
         pytest.skip("a folder that is read-only to its owner needs root and mounts")

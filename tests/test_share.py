@@ -109,7 +109,7 @@ def no_room():
         once_per_node(make_value)
 
 
-@pytest.mark.ranks
+@pytest.mark.ranks(needs="/dev/full")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_no_room_for_the_file(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

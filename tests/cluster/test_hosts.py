@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.hosts import Hosts, missing
 from tests.runs import SMALL, TINY, arguments, newest, run, same_state
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ranks(needs="root and iproute2"), pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS, TIMEOUT_S = 300, 10

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.slurm import Slurm, missing
 from tests.runs import SMALL, TINY, arguments, newest, run, same_state
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ranks(needs="root and a SLURM"), pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 300
