@@ -116,7 +116,7 @@ def be_a_rank(trouble: str, argv: list[str]) -> None:
 
     real, done = train.train_step, [0]
 
-    def train_step(ddp: Any, objective: Any, optimizer: Any, scaler: Any, norms: Any, images: Any, pids: Any) -> Any:
+    def train_step(net: Any, objective: Any, optimizer: Any, scaler: Any, images: Any, pids: Any) -> Any:
         done[0] += 1
         if dist.rank() == 1 and done[0] == TROUBLE_AT:
             print(TROUBLE, flush=True)
@@ -124,7 +124,7 @@ def be_a_rank(trouble: str, argv: list[str]) -> None:
                 raise RuntimeError("a fault of its own")
             images = images.clone()
             images[0, 0, 0, 0] = float("nan")
-        return real(ddp, objective, optimizer, scaler, norms, images, pids)
+        return real(net, objective, optimizer, scaler, images, pids)
 
     vars(train)["train_step"] = train_step
     dist.run_main(lambda world: train.main(world, argv))

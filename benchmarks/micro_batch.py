@@ -21,9 +21,9 @@ import torch
 from reid_dist import dist
 from reid_dist.config import defaults
 from reid_dist.models import build_model, find_backbone
-from reid_dist.models.batch_norm import batch_norms, group_batch_norms
+from reid_dist.models.batch_norm import group_batch_norms
 from reid_dist.optim import build_optimizer
-from reid_dist.step import build_objective, train_step
+from reid_dist.step import build_objective, network_of, train_step
 
 
 def main() -> None:
@@ -63,6 +63,7 @@ def measure(args: argparse.Namespace, micro: int) -> dict[str, float]:
     optimizer = build_optimizer(model.parameters(), "adam", 3.5e-4, 5e-4)
     objective = build_objective(cfg, 751, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    net = network_of(model, objective)
     images = torch.randn(args.batch, 3, args.height, args.width, generator=torch.Generator().manual_seed(0))
     images = images.to(world.device).contiguous(memory_format=torch.channels_last)
     pids = torch.arange(args.batch, device=world.device) // 4
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace, micro: int) -> dict[str, float]:
     losses_of_steps: list[float] = []
     for _ in range(args.steps):
         begin = time.perf_counter()
-        losses, _ = train_step(model, objective, optimizer, scaler, batch_norms(model), images, pids)
+        losses, _ = train_step(net, objective, optimizer, scaler, images, pids)
         losses_of_steps.append((losses.cla + losses.pair).item())
         seconds.append(time.perf_counter() - begin)
     return {

@@ -18,10 +18,10 @@ import torch
 from reid_dist import dist
 from reid_dist.config import defaults
 from reid_dist.models import build_model
-from reid_dist.models.batch_norm import batch_norms, group_batch_norms
+from reid_dist.models.batch_norm import group_batch_norms
 from reid_dist.models.sharded import classifier_names, classifier_rows
 from reid_dist.optim import build_optimizer
-from reid_dist.step import build_objective, global_values, train_step
+from reid_dist.step import build_objective, global_values, network_of, train_step
 
 
 def main(world: dist.World) -> None:
@@ -42,6 +42,7 @@ def main(world: dist.World) -> None:
     optimizer = build_optimizer(model.parameters(), "adam", 3.5e-4, 5e-4)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
     objective = build_objective(cfg, args.identities, world)
+    net = network_of(ddp, objective)
     generator = torch.Generator().manual_seed(0)
     seconds = []
     for _ in range(args.steps):
@@ -49,7 +50,7 @@ def main(world: dist.World) -> None:
         pids = torch.randint(args.identities, (batch // 4,), generator=generator).repeat_interleave(4).to(world.device)
         mine = images.chunk(world.world_size)[world.rank].to(world.device)
         begin = time.perf_counter()
-        losses, _ = train_step(ddp, objective, optimizer, scaler, batch_norms(model), mine, pids)
+        losses, _ = train_step(net, objective, optimizer, scaler, mine, pids)
         values = global_values(losses, batch)
         seconds.append(time.perf_counter() - begin)
     peaks = dist.gather_objects(peak_mib() - before)

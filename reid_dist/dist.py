@@ -260,17 +260,15 @@ def broadcast(tensor: torch.Tensor, src: int) -> torch.Tensor:  # all ranks
     return tensor
 
 
-def begin_average(tensors: list[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:  # all ranks
-    """Starts one all-reduce of float tensors of one dtype; what it returns waits for it and gives means over ranks."""
-    if world_size() == 1 or not tensors:
-        return lambda: tensors
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    work = td.all_reduce(flat, op=td.ReduceOp.SUM, async_op=True)
+def begin_average(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:  # all ranks
+    """Starts an all-reduce of a float tensor, in place; what it returns waits for it and gives the mean over ranks."""
+    if world_size() == 1:
+        return lambda: tensor
+    work = td.all_reduce(tensor, op=td.ReduceOp.SUM, async_op=True)
 
-    def finish() -> list[torch.Tensor]:
+    def finish() -> torch.Tensor:
         work.wait()
-        means = flat.div_(world_size()).split([t.numel() for t in tensors])
-        return [mean.view_as(t) for mean, t in zip(means, tensors, strict=True)]
+        return tensor.div_(world_size())
 
     return finish
 
@@ -314,6 +312,15 @@ def group_sum(tensor: torch.Tensor, group: td.ProcessGroup | None) -> torch.Tens
     if group is not None:
         td.all_reduce(tensor, op=td.ReduceOp.SUM, group=group)
     return tensor
+
+
+def group_gather(tensor: torch.Tensor, group: td.ProcessGroup | None) -> torch.Tensor:  # all ranks of the group
+    """(...) on each rank of a group -> (R, ...) in rank order; not differentiable. Group None is this rank alone."""
+    if group is None:
+        return tensor[None]
+    out = tensor.new_empty(td.get_world_size(group) * tensor.numel())
+    _all_gather_into(out, tensor.reshape(-1), group=group)
+    return out.view(-1, *tensor.shape)
 
 
 def all_max(tensor: torch.Tensor) -> torch.Tensor:  # all ranks

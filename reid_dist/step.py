@@ -13,7 +13,15 @@ from torch import nn
 from . import dist, watchdog
 from .losses import build_classification, build_pairwise, build_sharded_classification
 from .losses.center import center, center_gradient
-from .models.batch_norm import GroupBatchNorm, Noted, begin_running_stats, not_noting, update_running_stats
+from .models.batch_norm import (
+    GroupBatchNorm,
+    Noted,
+    batch_norms,
+    begin_running_stats,
+    not_noting,
+    update_running_stats,
+)
+from .models.half_weights import HalfWeights
 from .models.sharded import classifier_rows, complete, count_right
 from .optim import step_unless
 
@@ -46,6 +54,23 @@ class Objective:
     autocast: torch.dtype | None
 
 
+class Network(NamedTuple):
+    """A model on its way through a step, with what would otherwise be looked up in every step."""
+
+    ddp: nn.Module  # what `dist.wrap_ddp` made of the model
+    model: Any  # the ReIDModel itself
+    params: list[nn.Parameter]
+    norms: list[GroupBatchNorm]
+    half: HalfWeights | None  # under autocast
+
+
+def network_of(ddp: nn.Module, objective: Objective) -> Network:
+    """ddp: as `dist.wrap_ddp` returns it."""
+    model = dist.unwrap(ddp)
+    half = HalfWeights(model, objective.autocast) if objective.autocast is not None else None
+    return Network(ddp, model, list(model.parameters()), batch_norms(model), half)
+
+
 def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
     loss = cfg.LOSS
     sharded = cfg.MODEL.CLASSIFIER_SHARDED
@@ -66,11 +91,10 @@ def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
 
 
 def train_step(
-    ddp: nn.Module,
+    net: Network,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
 ) -> tuple[Losses, torch.Tensor]:  # all ranks
@@ -79,14 +103,14 @@ def train_step(
     Returns the losses, and a scalar that is 1.0 where the step was left out for a non-finite gradient (or loss, with
     fp16), 0.0 else; both stay on the device. Nothing in it waits for the device.
     """
-    for p in ddp.parameters():
+    for p in net.params:
         p.grad = None
-    losses, noted = backward(ddp, objective, scaler, norms, images, global_pids)
+    losses, noted = backward(net, objective, scaler, images, global_pids)
     watchdog.at("update")
-    bad = non_finite(ddp, losses, scaler)
+    bad = non_finite(net, losses, scaler)
     step_unless(bad, optimizer, scaler)
     if objective.center_weight:
-        step_centers(dist.unwrap(ddp).centers, objective, bad)
+        step_centers(net.model.centers, objective, bad)
     update_running_stats(noted, bad)
     return Losses(*(value.detach() for value in losses)), bad
 
@@ -100,49 +124,51 @@ def step_centers(centers: torch.Tensor, objective: Objective, bad: torch.Tensor)
     centers.grad = None
 
 
-def non_finite(ddp: nn.Module, losses: Losses, scaler: torch.amp.GradScaler) -> torch.Tensor:  # all ranks
+@torch.no_grad()
+def non_finite(net: Network, losses: Losses, scaler: torch.amp.GradScaler) -> torch.Tensor:  # all ranks
     """1.0 on all ranks alike when this step must not change the weights, else 0.0: a scalar on the device.
 
     The gradients are the same on all ranks after DDP's mean, so each looks at its own; a sharded classifier's are not,
     and with fp16, where gradients that overflow are the scaler's everyday business, it is the losses that count.
     """
     if scaler.is_enabled():
-        value = losses.cla + losses.pair
-    else:
-        value = torch.stack(torch._foreach_norm([p.grad for p in ddp.parameters() if p.grad is not None])).sum()
-    bad = (~value.detach().isfinite()).float()
-    return dist.all_max(bad) if scaler.is_enabled() or dist.unwrap(ddp).sharded else bad
+        return dist.all_max((~(losses.cla + losses.pair).isfinite()).float())
+    bad = torch.zeros((), device=losses.pair.device)
+    # The scaler's own check, a single operation: it multiplies by 1, which leaves every bit.
+    grads = [p.grad for p in net.params if p.grad is not None]
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones((), device=bad.device))
+    return dist.all_max(bad) if net.model.sharded else bad
 
 
 def backward(
-    ddp: nn.Module,
+    net: Network,
     objective: Objective,
     scaler: torch.amp.GradScaler,
-    norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
 ) -> tuple[Losses, Noted]:  # all ranks
     """Forward, losses, and their gradients averaged over ranks; and what batch norm has noted, on its way."""
-    if objective.micro_batch not in (0, len(images)):
-        return backward_in_pieces(ddp, objective, scaler, norms, images, global_pids)
-    pids = global_pids[objective.offset : objective.offset + len(images)]
     watchdog.at("forward")
-    feats, logits = forward(ddp, images, objective.autocast)
-    pair, cla, correct = gathered_losses(ddp, objective, feats, global_pids)
+    if net.half is not None:
+        net.half.update()
+    if objective.micro_batch not in (0, len(images)):
+        return backward_in_pieces(net, objective, scaler, images, global_pids)
+    pids = global_pids[objective.offset : objective.offset + len(images)]
+    feats, logits = forward(net.ddp, images, objective, net.half)
+    pair, cla, correct = gathered_losses(net.model, objective, feats, global_pids)
     if logits is not None:
         cla, correct = objective.classify(logits, pids), (logits.detach().argmax(1) == pids).sum()
     assert cla is not None and correct is not None
     watchdog.at("backward")
-    noted = begin_running_stats(norms)
+    noted = begin_running_stats(net.norms)
     scaler.scale(cla + pair).backward()
     return Losses(cla, pair, correct), noted
 
 
 def backward_in_pieces(
-    ddp: nn.Module,
+    net: Network,
     objective: Objective,
     scaler: torch.amp.GradScaler,
-    norms: list[GroupBatchNorm],
     images: torch.Tensor,
     global_pids: torch.Tensor,
 ) -> tuple[Losses, Noted]:  # all ranks
@@ -155,21 +181,19 @@ def backward_in_pieces(
     """
     pids = global_pids[objective.offset : objective.offset + len(images)]
     pieces = images.split(objective.micro_batch)
-    model = dist.unwrap(ddp)
-    watchdog.at("forward")
     with torch.no_grad():
-        feats = torch.cat([forward(model, piece, objective.autocast)[0] for piece in pieces])
+        feats = torch.cat([forward(net.model, piece, objective, net.half)[0] for piece in pieces])
     feats.requires_grad_()
-    pair, cla, correct = gathered_losses(model, objective, feats, global_pids)
+    pair, cla, correct = gathered_losses(net.model, objective, feats, global_pids)
     scaler.scale(pair if cla is None else cla + pair).backward()
     assert feats.grad is not None
     watchdog.at("backward")
-    noted = begin_running_stats(norms)
+    noted = begin_running_stats(net.norms)
     parts = zip(pieces, feats.grad.split(objective.micro_batch), pids.split(objective.micro_batch), strict=True)
     by_piece = []
     for i, (piece, grad, piece_pids) in enumerate(parts):
-        with dist.accumulating(ddp) if i < len(pieces) - 1 else nullcontext(), not_noting(norms):
-            piece_feats, logits = forward(ddp, piece, objective.autocast)
+        with dist.accumulating(net.ddp) if i < len(pieces) - 1 else nullcontext(), not_noting(net.norms):
+            piece_feats, logits = forward(net.ddp, piece, objective, net.half)
             target = (piece_feats * grad).sum()
             if logits is not None:
                 share = objective.classify(logits, piece_pids) / len(pieces)
@@ -183,22 +207,23 @@ def backward_in_pieces(
 
 
 def forward(
-    model: nn.Module, images: torch.Tensor, autocast: torch.dtype | None
+    model: nn.Module, images: torch.Tensor, objective: Objective, half: HalfWeights | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(features (B, D), logits (B, C) or None) under autocast."""
-    with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+    """(features (B, D) in fp32 or fp64, logits (B, C) or None) under autocast."""
+    autocast = torch.autocast(images.device.type, dtype=objective.autocast, enabled=objective.autocast is not None)
+    with autocast, half.in_use() if half is not None else nullcontext():
         return model(images)
 
 
 def gathered_losses(
-    model: nn.Module, objective: Objective, feats: torch.Tensor, global_pids: torch.Tensor
+    model: Any, objective: Objective, feats: torch.Tensor, global_pids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # all ranks
     """(pair, classification, correct) from the features of all ranks; the last two None unless the classifier is
     sharded. The one gather of the step."""
     pids = global_pids[objective.offset : objective.offset + len(feats)]
     centers: torch.Tensor | float = 0.0
     if objective.center_weight:
-        table = dist.unwrap(model).centers
+        table = model.centers
         centers = objective.center_weight * center(feats, pids, table)
         table.grad = center_gradient(feats, pids, table)
     if not objective.gather:
@@ -210,16 +235,15 @@ def gathered_losses(
         return pair, None, None
     # Every rank computes the whole global loss here, so what lies behind the features must not be averaged again.
     with torch.autocast(feats.device.type, dtype=objective.autocast, enabled=objective.autocast is not None):
-        x = dist.unwrap(model).classifier(dist.undo_mean(everyone))
+        x = model.classifier(dist.undo_mean(everyone))
     cla = objective.classify_shard(x, global_pids, objective.first_row, objective.num_pids)
     return pair, cla, count_right(x, global_pids, objective.first_row)
 
 
 def rehearse(
-    ddp: nn.Module,
+    net: Network,
     objective: Objective,
     scaler: torch.amp.GradScaler,
-    norms: list[GroupBatchNorm],
     images_shape: tuple[int, int, int, int],
 ) -> None:  # all ranks
     """A throw-away forward and backward on noise of the real shape; weights and buffers are as before.
@@ -229,13 +253,13 @@ def rehearse(
     """
     if dist.world_size() == 1:
         return
-    weight = next(ddp.parameters())
+    weight = net.params[0]
     images = torch.randn(images_shape, generator=torch.Generator().manual_seed(dist.rank()))
     images = images.to(weight.device, weight.dtype, memory_format=torch.channels_last)
     pids = torch.arange(len(images) * dist.world_size(), device=weight.device) % min(objective.num_pids, 2)
-    _, noted = backward(ddp, objective, scaler, norms, images, pids)
+    _, noted = backward(net, objective, scaler, images, pids)
     noted.means()  # waited for, and left
-    for p in ddp.parameters():
+    for p in net.params:
         p.grad = None
 
 

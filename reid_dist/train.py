@@ -25,7 +25,6 @@ from .details import evaluation_details
 from .evaluate import evaluate, evaluate_file, evaluate_once, show_activation, show_ranked_lists
 from .finite import finite_or_none, settle
 from .models import ReIDModel
-from .models.batch_norm import batch_norms
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import Schedule, build_optimizer, lr_at, parameter_groups, set_lr
@@ -52,7 +51,7 @@ from .resume import (
     prepare_folder,
     restore,
 )
-from .step import Losses, Objective, build_objective, global_values, rehearse, train_step
+from .step import Losses, Network, Objective, build_objective, global_values, network_of, rehearse, train_step
 from .summary import after_training, device_name, summary
 
 # What a rank may raise in the vote of a step.
@@ -141,11 +140,11 @@ def fit(
 ) -> bool:  # all ranks
     """Trains from state.step to the last step; logs, saves and tests where the config says. False when preempted."""
     model, optimizer, scaler, _, average = parts
-    norms, last, batch_size = batch_norms(model), last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
+    last, batch_size = last_step(cfg, plan), cfg.DATA.TRAIN_BATCH
     schedule = build_schedule(cfg)
     frozen = state.step < cfg.TRAIN.FREEZE_STEPS
     learned = [p for p in model.backbone.parameters() if p.requires_grad]
-    ddp = wrap(model, learned, objective, scaler, frozen, cfg, world)
+    net = wrap(model, learned, objective, scaler, frozen, cfg, world)
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
     with build_loader(cfg, index, plan, world, state.step, reporter) as loader:
@@ -156,11 +155,11 @@ def fit(
         watchdog.at("data", state.step + 1)
         for batch in itertools.islice(loader, max(0, last - state.step)):
             if frozen and state.step >= cfg.TRAIN.FREEZE_STEPS:
-                del ddp  # its hooks on the parameters go with it
-                frozen, ddp = False, wrap(model, learned, objective, scaler, False, cfg, world)
+                del net  # its hooks on the parameters go with it
+                frozen, net = False, wrap(model, learned, objective, scaler, False, cfg, world)
             lr = lr_at(state.step, plan.num_steps, schedule)
             set_lr(optimizer, lr)
-            losses, bad = train_step(ddp, objective, optimizer, scaler, norms, batch.images, batch.global_pids)
+            losses, bad = train_step(net, objective, optimizer, scaler, batch.images, batch.global_pids)
             unread.append((losses, bad))
             if average:
                 ema.move_average(average, model, cfg.TRAIN.EMA)
@@ -284,7 +283,7 @@ def wrap(
     frozen: bool,
     cfg: Any,
     world: dist.World,
-) -> nn.Module:  # all ranks
+) -> Network:  # all ranks
     """The model ready to train on all ranks. frozen: its backbone neither learns nor moves its running statistics.
     learned: the backbone's parameters but for those that the network itself keeps fixed.
 
@@ -295,8 +294,9 @@ def wrap(
         p.requires_grad_(not frozen)
         p.grad = None  # else a view into the old wrapper's buckets
     ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
-    rehearse(ddp, objective, scaler, batch_norms(model), local_shape(cfg, world))
-    return ddp
+    net = network_of(ddp, objective)
+    rehearse(net, objective, scaler, local_shape(cfg, world))
+    return net
 
 
 def local_shape(cfg: Any, world: dist.World) -> tuple[int, int, int, int]:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid_dist import dist
+from reid_dist.models import batch_norm
 from reid_dist.models.batch_norm import (
     GroupBatchNorm,
     batch_norms,
@@ -119,6 +121,52 @@ def test_half_precision_input_keeps_fp32_statistics():
     assert y.dtype == torch.bfloat16 and bn.weight.grad.dtype == torch.float32
     reference = GroupBatchNorm(nn.BatchNorm2d(CHANNELS), 4)(x.float())
     torch.testing.assert_close(y.float(), reference, rtol=0, atol=0.05)
+
+
+def bf16_over_ranks():
+    """One layer whose group spans the ranks, in bf16: what its kernels and collectives were given."""
+    x, dy = (t.chunk(dist.world_size())[dist.rank()].to(torch.bfloat16) for t in inputs((4, 3)))
+    bn = GroupBatchNorm(nn.BatchNorm2d(CHANNELS), BATCH)
+    large = []  # dtypes of results as large as the activations
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            results = result if isinstance(result, (tuple, list)) else [result]
+            large.extend(r.dtype for r in results if isinstance(r, torch.Tensor) and r.numel() >= x.numel())
+            return result
+
+    real, given, collectives = batch_norm._backward, [], []
+
+    def backward(*args):
+        given.append(args)
+        return real(*args)
+
+    def counting(name):
+        function = getattr(dist, name)
+
+        def counted(tensor, group):
+            collectives.append(name)
+            return function(tensor, group)
+
+        return counted
+
+    batch_norm._backward = backward
+    for name in ("group_gather", "group_sum"):
+        setattr(dist, name, counting(name))
+    with Watching():
+        bn(x.requires_grad_()).backward(dy)
+    saved = [args[5:7] for args in given]
+    return x.grad.dtype, set(large), collectives, [[t is not None and t.numel() for t in pair] for pair in saved]
+
+
+@pytest.mark.ranks
+def test_a_group_over_ranks_gives_the_kernels_what_cuda_requires():
+    """CUDA's backward asserts that save_mean and save_invstd are there, whether or not it uses them."""
+    for grad_dtype, large, collectives, saved in run_ranks(2, bf16_over_ranks):
+        assert saved == [[CHANNELS, CHANNELS]]
+        assert collectives == ["group_gather", "group_sum"], "one forward and one backward for each layer"
+        assert grad_dtype == torch.bfloat16 and large == {torch.bfloat16}, "no fp32 copies of activations"
 
 
 def test_gradcheck():

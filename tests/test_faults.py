@@ -28,10 +28,10 @@ def start_with(action, argv):
     """On each rank: a run in which action(rank, steps done so far, images) is called before each step."""
     real, done = step.train_step, [0]
 
-    def train_step(ddp, objective, optimizer, scaler, norms, images, pids):
+    def train_step(net, objective, optimizer, scaler, images, pids):
         images = action(ranks.world.rank, done[0], images)
         done[0] += 1
-        return real(ddp, objective, optimizer, scaler, norms, images, pids)
+        return real(net, objective, optimizer, scaler, images, pids)
 
     train.train_step = train_step
     train.main(ranks.world, argv)

@@ -18,7 +18,7 @@ from reid_dist.models.heads import CosineClassifier, LinearClassifier
 from reid_dist.models.pool import AveragePool
 from reid_dist.models.sharded import classifier_names, classifier_rows
 from reid_dist.optim import build_optimizer
-from reid_dist.step import backward, build_objective, train_step
+from reid_dist.step import backward, build_objective, network_of, train_step
 from tests import ranks
 from tests.ranks import run_ranks
 
@@ -74,12 +74,12 @@ def train_case(cfg):
     ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
     # SGD: its step shows the gradient's length, which Adam's would hide.
     optimizer = build_optimizer(model.parameters(), "sgd", 0.01, 5e-4)
-    scaler, norms = torch.amp.GradScaler("cpu", enabled=False), batch_norms(model)
+    scaler, net = torch.amp.GradScaler("cpu", enabled=False), network_of(ddp, objective)
     local = BATCH // world.world_size
     first = {}
     for step, (images, pids) in enumerate(batches()):
         mine = images[world.rank * local : (world.rank + 1) * local]
-        train_step(ddp, objective, optimizer, scaler, norms, mine, pids)
+        train_step(net, objective, optimizer, scaler, mine, pids)
         if step == 0:
             for name, p in model.named_parameters():
                 whole = model.sharded and name.startswith("classifier.")
@@ -232,7 +232,7 @@ def rehearsed_state(case):
     ddp = dist.wrap_ddp(model, ranks.world.device, [])
     objective = build_objective(cfg, NUM_PIDS, ranks.world)
     shape = (BATCH // dist.world_size(), 3, 12, 10)
-    rehearse(ddp, objective, torch.amp.GradScaler("cpu", enabled=False), batch_norms(model), shape)
+    rehearse(network_of(ddp, objective), objective, torch.amp.GradScaler("cpu", enabled=False), shape)
     same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     return same and all(p.grad is None for p in model.parameters()) and not any(m.noted for m in batch_norms(model))
 
@@ -260,7 +260,7 @@ def peak_graph(micro_batch):
             alive[0] -= self.tensor.numel()
 
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        backward(model, objective, torch.amp.GradScaler("cpu", enabled=False), batch_norms(model), images, pids)
+        backward(network_of(model, objective), objective, torch.amp.GradScaler("cpu", enabled=False), images, pids)
     return peak[0]
 
 

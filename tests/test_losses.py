@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reid_dist import dist
 from reid_dist.losses import CLASSIFICATION, PAIRWISE, build_classification, build_pairwise, uses_cosine
-from reid_dist.losses.cross_entropy import SoftmaxParts, softmax_parts
-from reid_dist.losses.label_smoothing import EPSILON
+from reid_dist.losses.cross_entropy import SoftmaxParts, smoothed_cross_entropy, softmax_parts
 from tests.ranks import run_ranks
 
 # tests/test_recipes.py has the triplet losses without a margin.
@@ -67,7 +66,7 @@ def reference_classification(name, x, pids, scale, margin, fixed=None):
         for c in range(len(row)):
             target = float(c == pid)
             if name == "crossentropylabelsmooth":
-                target = (1 - EPSILON) * target + EPSILON / len(row)
+                target = (1 - 0.1) * target + 0.1 / len(row)
             loss = loss - target * (row[c] - log_sum_exp(row))
     return loss / len(pids)
 
@@ -217,7 +216,7 @@ def test_names_are_the_configs():
 def test_torchs_cross_entropy_is_ours():
     x, pids = random(6, 9), torch.tensor([0, 8, 3, 3, 1, 5])
     ours = [build_classification(n, 16.0, 0.3)(x, pids) for n in ("crossentropy", "crossentropylabelsmooth")]
-    assert_same(ours, [F.cross_entropy(x, pids), F.cross_entropy(x, pids, label_smoothing=EPSILON)], 1e-14)
+    assert_same(ours, [F.cross_entropy(x, pids), F.cross_entropy(x, pids, label_smoothing=0.1)], 1e-14)
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
@@ -228,13 +227,15 @@ def test_softmax_from_slices_of_the_classes(name):
     keywords = {k: v for k, v in {"scale": 24.0, "margin": 0.2}.items() if k in row.keywords}
     target = F.one_hot(pids, 7).bool()
     slices = [
-        softmax_parts(row.logits_of(a, t, **keywords), t)
+        softmax_parts(row.logits_of(a, t, **keywords) if row.logits_of else a, t)
         for a, t in zip(x.tensor_split(3, 1), target.tensor_split(3, 1), strict=True)
     ]
     top = torch.stack([p.maximum for p in slices]).amax(0)
     sum_exp = sum(p.sum_exp * (p.maximum - top).exp() for p in slices)
     whole = SoftmaxParts(top, sum_exp, sum(p.target for p in slices), sum(p.total for p in slices))
-    assert_same([row.finish(whole, 7)], [build_classification(name, 24.0, 0.2)(x, pids)], 1e-14)
+    assert_same(
+        [smoothed_cross_entropy(whole, 7, row.smoothing)], [build_classification(name, 24.0, 0.2)(x, pids)], 1e-14
+    )
 
 
 # ---------------------------------------------------------------- edges

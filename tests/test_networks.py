@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from reid_dist import dist
-from reid_dist.models import MODELS
-from reid_dist.models.batch_norm import GroupBatchNorm, batch_norms, group_batch_norms
+from reid_dist.models import MODELS, build_model
+from reid_dist.models.batch_norm import GroupBatchNorm, group_batch_norms
 from reid_dist.models.ianet import IABlock, location_map
 from reid_dist.models.resnet import IBN
 from tests.ranks import run_ranks
@@ -152,9 +152,8 @@ def test_attention_is_in_fp32_under_autocast():
 def train_on_ranks(name, variant):
     """Parameters after a step of the real step function on this rank's share of four 32 x 32 images, in fp64."""
     from reid_dist.config import defaults
-    from reid_dist.models import build_model
     from reid_dist.optim import build_optimizer
-    from reid_dist.step import build_objective, train_step
+    from reid_dist.step import build_objective, network_of, train_step
     from tests import ranks
 
     cfg = defaults()
@@ -170,10 +169,10 @@ def train_on_ranks(name, variant):
     ddp = dist.wrap_ddp(model, world.device, [])
     objective = build_objective(cfg, 4, world)
     optimizer = build_optimizer(model.parameters(), "sgd", 0.01, 5e-4)
-    scaler, norms = torch.amp.GradScaler("cpu", enabled=False), batch_norms(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mine = images.chunk(world.world_size)[world.rank]
-    train_step(ddp, objective, optimizer, scaler, norms, mine, torch.tensor([0, 0, 1, 1]))
+    train_step(network_of(ddp, objective), objective, optimizer, scaler, mine, torch.tensor([0, 0, 1, 1]))
     return {k: v.clone().numpy() for k, v in model.state_dict().items() if "bn" in k or "W" in k or "conv1" in k}
 
 
@@ -184,3 +183,25 @@ def test_two_ranks_equal_one(name):
     for rank in run_ranks(2, train_on_ranks, name, "normalised", timeout_s=100):
         for key, value in one.items():
             np.testing.assert_allclose(rank[key], value, rtol=1e-6, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50_ibn"])
+def test_the_network_keeps_channels_last(name):
+    """A layer that turned to contiguous memory would make all that follow it convert back and forth."""
+    model = build_model(name, 2048, range(4), cosine=False)
+    group_batch_norms(model, 2)
+    model.to(memory_format=torch.channels_last)
+    formats = {}
+
+    def note(path):
+        def hook(module, inputs, output):
+            formats[path] = output.is_contiguous(memory_format=torch.channels_last)
+
+        return hook
+
+    for path, module in model.backbone.named_modules():
+        if not list(module.children()) or type(module).__name__ == "IBN":
+            module.register_forward_hook(note(path))
+    model(torch.randn(4, 3, 64, 32).contiguous(memory_format=torch.channels_last))
+    lost = [path for path, kept in formats.items() if not kept and not path.endswith("IN")]
+    assert len(formats) > 100 and not lost, lost

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,14 +16,7 @@ from .arcface import arcface_logits
 from .circle import circle_logits
 from .contrastive import contrastive
 from .cosface import cosface_logits
-from .cross_entropy import (
-    SoftmaxParts,
-    classification_loss,
-    cross_entropy,
-    plain_logits,
-    sharded_classification_loss,
-)
-from .label_smoothing import smoothed_cross_entropy
+from .cross_entropy import SoftmaxParts, classification_loss, sharded_classification_loss
 from .pairwise_circle import pairwise_circle
 from .pairwise_cosface import pairwise_cosface
 from .soft_triplet import soft_triplet, weighted_triplet
@@ -31,12 +24,12 @@ from .triplet import triplet
 
 
 class Classification(NamedTuple):
-    """A loss is finish(softmax_parts(logits_of(x, target), target), num_classes)."""
+    """A loss is the cross entropy, smoothed or not, of logits_of(x, target)."""
 
-    logits_of: Callable[..., torch.Tensor]  # element-wise: (B, C) logits or cosines, (B, C) target mask -> logits
-    finish: Callable[[SoftmaxParts, int], torch.Tensor]
+    logits_of: Callable[..., torch.Tensor] | None  # element-wise: (B, C) x, (B, C) target mask -> logits; None: x
     uses_cosine: bool  # x are cosines of a normalised classifier, else logits of a linear one
     keywords: tuple[str, ...] = ()  # what logits_of takes of scale, margin
+    smoothing: float = 0.0  # of the labels
 
 
 class Pairwise(NamedTuple):
@@ -45,11 +38,11 @@ class Pairwise(NamedTuple):
 
 
 CLASSIFICATION = {
-    "crossentropy": Classification(plain_logits, cross_entropy, uses_cosine=False),
-    "crossentropylabelsmooth": Classification(plain_logits, smoothed_cross_entropy, uses_cosine=False),
-    "arcface": Classification(arcface_logits, cross_entropy, uses_cosine=True, keywords=("scale", "margin")),
-    "cosface": Classification(cosface_logits, cross_entropy, uses_cosine=True, keywords=("scale", "margin")),
-    "circle": Classification(circle_logits, cross_entropy, uses_cosine=True, keywords=("scale", "margin")),
+    "crossentropy": Classification(None, uses_cosine=False),
+    "crossentropylabelsmooth": Classification(None, uses_cosine=False, smoothing=0.1),
+    "arcface": Classification(arcface_logits, uses_cosine=True, keywords=("scale", "margin")),
+    "cosface": Classification(cosface_logits, uses_cosine=True, keywords=("scale", "margin")),
+    "circle": Classification(circle_logits, uses_cosine=True, keywords=("scale", "margin")),
 }
 
 PAIRWISE = {
@@ -71,21 +64,20 @@ def build_classification(
     name: str, scale: float, margin: float
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """loss(logits or cosines (B, C), pids (B,)) -> scalar; the losses without a margin ignore scale and margin."""
-    logits_of, finish = _classification_parts(name, scale, margin)
-    return partial(classification_loss, logits_of=logits_of, finish=finish)
+    return partial(classification_loss, **_classification_keywords(name, scale, margin))
 
 
 def build_sharded_classification(
     name: str, scale: float, margin: float, complete: Callable[[SoftmaxParts], SoftmaxParts]
 ) -> Callable[..., torch.Tensor]:
     """loss(x (N, C_r), pids (N,), first, num_classes) -> scalar, for the classes first..first+C_r-1 of a shard."""
-    logits_of, finish = _classification_parts(name, scale, margin)
-    return partial(sharded_classification_loss, complete=complete, logits_of=logits_of, finish=finish)
+    return partial(sharded_classification_loss, complete=complete, **_classification_keywords(name, scale, margin))
 
 
-def _classification_parts(name: str, scale: float, margin: float) -> tuple[Callable, Callable]:
+def _classification_keywords(name: str, scale: float, margin: float) -> dict[str, Any]:
     row = CLASSIFICATION[name]
-    return partial(row.logits_of, **_chosen(row.keywords, scale=scale, margin=margin)), row.finish
+    chosen = _chosen(row.keywords, scale=scale, margin=margin)
+    return {"logits_of": row.logits_of and partial(row.logits_of, **chosen), "smoothing": row.smoothing}
 
 
 def build_pairwise(name: str, scale: float, margin: float, distance: str) -> Callable[..., torch.Tensor]:

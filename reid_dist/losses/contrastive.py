@@ -28,6 +28,6 @@ def contrastive(
 ) -> torch.Tensor:
     """Anchor i is reference offset + i."""
     s = scale * similarity(feats, ref_feats)
-    positive, negative, _ = masks(pids, ref_pids, offset)
+    positive, negative = masks(pids, ref_pids, offset)
     terms = softplus(masked_logsumexp(s, negative)[:, None] - s).masked_fill(~positive, 0)
     return (terms.sum(1) / positive.sum(1).clamp(min=1)).mean()

@@ -1,8 +1,12 @@
-"""Softmax cross entropy: loss = mean over i of log(sum over c of exp(x_ic)) - x_i,pid(i).
+"""Softmax cross entropy: loss = mean over i of log(sum over c of exp(x_ic)) - x_i,pid(i), also with label smoothing.
 
-x (B, C) logits, pids (B,) -> scalar in fp32 (fp64 stays). Every classification loss here is this one or the label
-smoothed one on logits that an element-wise map made, and both need only four numbers a row: so a classifier whose
-classes are spread over ranks can compute the four on its own classes and combine them.
+Label smoothing (Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR 2016, section 7) is
+cross entropy against the target (1 - e) one-hot + e / C:
+loss = mean over i of LSE_i - (1 - e) x_i,pid(i) - e mean over c of x_ic, where LSE_i = log(sum over c of exp(x_ic)).
+
+x (B, C) logits, pids (B,) -> scalar in fp32 (fp64 stays). Every classification loss here is this one on logits that an
+element-wise map made. It needs only four numbers per row, so a classifier whose classes are spread over ranks computes
+the four on its own classes and combines them.
 """
 
 from __future__ import annotations
@@ -11,8 +15,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .precision import full_precision
+
+LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (B, C) logits or cosines, (B, C) target -> logits
 
 
 class SoftmaxParts(NamedTuple):
@@ -31,25 +38,23 @@ def softmax_parts(logits: torch.Tensor, target: torch.Tensor) -> SoftmaxParts:
     return SoftmaxParts(maximum, sum_exp, logits.masked_fill(~target, 0).sum(1), logits.sum(1))
 
 
-def cross_entropy(parts: SoftmaxParts, num_classes: int) -> torch.Tensor:
+def smoothed_cross_entropy(parts: SoftmaxParts, num_classes: int, smoothing: float) -> torch.Tensor:
     """Mean over rows; `parts` are those of all num_classes classes."""
     # The maximum goes off the target, not onto the logarithm: at scale 256 that would cost fp32 two digits.
-    return (parts.sum_exp.log() - (parts.target - parts.maximum)).mean()
-
-
-def plain_logits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The map of the losses without a margin: none."""
-    return logits
+    loss = parts.sum_exp.log() - (1 - smoothing) * (parts.target - parts.maximum)
+    if smoothing:
+        loss = loss - smoothing * (parts.total / num_classes - parts.maximum)
+    return loss.mean()
 
 
 def classification_loss(
-    x: torch.Tensor,
-    pids: torch.Tensor,
-    logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    finish: Callable[[SoftmaxParts, int], torch.Tensor],
+    x: torch.Tensor, pids: torch.Tensor, logits_of: LogitsOf | None, smoothing: float
 ) -> torch.Tensor:
-    """x (B, C) logits or cosines, pids (B,) in 0..C-1 -> scalar: map, softmax, `finish` (a row of CLASSIFICATION)."""
-    return sharded_classification_loss(x, pids, 0, x.shape[1], lambda parts: parts, logits_of, finish)
+    """x (B, C) logits or cosines, pids (B,) in 0..C-1 -> scalar; logits_of, smoothing: a row of CLASSIFICATION's."""
+    x = full_precision(x)
+    if logits_of is not None:
+        x = logits_of(x, _target(x, pids, 0))
+    return F.cross_entropy(x, pids, label_smoothing=smoothing)
 
 
 def sharded_classification_loss(
@@ -58,9 +63,15 @@ def sharded_classification_loss(
     first: int,
     num_classes: int,
     complete: Callable[[SoftmaxParts], SoftmaxParts],
-    logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    finish: Callable[[SoftmaxParts, int], torch.Tensor],
+    logits_of: LogitsOf | None,
+    smoothing: float,
 ) -> torch.Tensor:
     """The same when x (N, C_r) holds classes first..first+C_r-1 of num_classes; `complete` adds the others' parts."""
-    target = pids[:, None] == first + torch.arange(x.shape[1], device=x.device)
-    return finish(complete(softmax_parts(logits_of(full_precision(x), target), target)), num_classes)
+    x, target = full_precision(x), _target(x, pids, first)
+    logits = x if logits_of is None else logits_of(x, target)
+    return smoothed_cross_entropy(complete(softmax_parts(logits, target)), num_classes, smoothing)
+
+
+def _target(x: torch.Tensor, pids: torch.Tensor, first: int) -> torch.Tensor:
+    """(B, C) bool: true at the row's own class, where the columns are the classes from `first` on."""
+    return pids[:, None] == first + torch.arange(x.shape[1], device=x.device)

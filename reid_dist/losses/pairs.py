@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -15,18 +17,33 @@ HUGE = 1e30
 def similarity(feats: torch.Tensor, ref_feats: torch.Tensor) -> torch.Tensor:
     """(B, D), (N, D) -> (B, N) cosines in fp32 (fp64 stays), also under autocast."""
     with torch.autocast(feats.device.type, enabled=False):
-        return F.normalize(full_precision(feats)) @ F.normalize(full_precision(ref_feats)).T
+        z = _Normalize.apply(full_precision(feats))
+        # On one rank the anchors are the references.
+        return z @ (z if ref_feats is feats else _Normalize.apply(full_precision(ref_feats))).T
 
 
-def masks(pids: torch.Tensor, ref_pids: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(positive, negative, own), each (B, N) bool; own marks the reference that is the anchor itself.
+class _Normalize(torch.autograd.Function):
+    """F.normalize of rows, whose backward is four operations in place of a dozen."""
 
-    Every reference is one of the three: an anchor is not its own positive.
-    """
-    rows = torch.arange(len(pids), device=pids.device)[:, None]
-    own = rows + offset == torch.arange(len(ref_pids), device=pids.device)
-    same = pids[:, None] == ref_pids
-    return same & ~own, ~same, own
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+        z = x / norm
+        ctx.save_for_backward(z, norm)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        z, norm = ctx.saved_tensors
+        along = (grads[0] * z).sum(1, keepdim=True)
+        return torch.addcmul(grads[0], z, along, value=-1).div_(norm)
+
+
+def masks(pids: torch.Tensor, ref_pids: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positive, negative), each (B, N) bool. The anchor itself, reference offset + i, is neither."""
+    positive, negative = pids[:, None] == ref_pids, pids[:, None] != ref_pids
+    positive.diagonal(offset).fill_(False)
+    return positive, negative
 
 
 def masked_logsumexp(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

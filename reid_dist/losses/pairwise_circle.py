@@ -28,7 +28,7 @@ def pairwise_circle(
     """Anchor i is reference offset + i."""
     s = similarity(feats, ref_feats)
     fixed = s.detach()
-    positive, negative, _ = masks(pids, ref_pids, offset)
+    positive, negative = masks(pids, ref_pids, offset)
     of_negatives = masked_logsumexp(scale * (fixed + margin).relu() * (s - margin), negative)
     of_positives = masked_logsumexp(scale * (1 + margin - fixed).relu() * (1 - margin - s), positive)
     return softplus(of_negatives + of_positives).mean()

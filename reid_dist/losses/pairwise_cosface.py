@@ -25,5 +25,5 @@ def pairwise_cosface(
 ) -> torch.Tensor:
     """Anchor i is reference offset + i."""
     s = similarity(feats, ref_feats)
-    positive, negative, _ = masks(pids, ref_pids, offset)
+    positive, negative = masks(pids, ref_pids, offset)
     return softplus(masked_logsumexp(scale * (s + margin), negative) + masked_logsumexp(-scale * s, positive)).mean()

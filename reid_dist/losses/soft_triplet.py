@@ -24,8 +24,10 @@ def soft_triplet(
     distance: str,
 ) -> torch.Tensor:
     """Anchor i is reference offset + i. An anchor without a negative contributes 0 and stays in the mean."""
-    d, positive, negative, to_itself, own = _distances(feats, pids, ref_feats, ref_pids, offset, distance)
-    d_ap = d.masked_fill(~positive, -HUGE).masked_fill(own, to_itself).amax(1)
+    distances, to_itself = DISTANCES[distance]
+    d = distances(feats, ref_feats)
+    positive, negative = masks(pids, ref_pids, offset)
+    d_ap = d.masked_fill(~positive, -HUGE).amax(1).clamp(min=to_itself)
     d_an = d.masked_fill(~negative, HUGE).amin(1)
     return softplus(d_ap - d_an).mean()
 
@@ -40,16 +42,11 @@ def weighted_triplet(
     distance: str,
 ) -> torch.Tensor:
     """Anchor i is reference offset + i. An anchor without a negative contributes 0 and stays in the mean."""
-    d, positive, negative, to_itself, own = _distances(feats, pids, ref_feats, ref_pids, offset, distance)
-    near = d.masked_fill(own, to_itself)
-    d_ap = (near.masked_fill(~(positive | own), -HUGE).softmax(1) * near).sum(1)
+    distances, to_itself = DISTANCES[distance]
+    d = distances(feats, ref_feats)
+    _, negative = masks(pids, ref_pids, offset)
+    near = d.clone()
+    near.diagonal(offset).fill_(to_itself)
+    d_ap = (near.masked_fill(negative, -HUGE).softmax(1) * near).sum(1)
     d_an = ((-d).masked_fill(~negative, -HUGE).softmax(1) * d).sum(1)
     return torch.where(negative.any(1), softplus(d_ap - d_an), 0.0).mean()
-
-
-def _distances(
-    feats: torch.Tensor, pids: torch.Tensor, ref_feats: torch.Tensor, ref_pids: torch.Tensor, offset: int, distance: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    distances, to_itself = DISTANCES[distance]
-    positive, negative, own = masks(pids, ref_pids, offset)
-    return distances(feats, ref_feats), positive, negative, to_itself, own

@@ -29,9 +29,10 @@ def triplet(
     """Anchor i is reference offset + i."""
     distances, to_itself = DISTANCES[distance]
     d = distances(feats, ref_feats)
-    positive, negative, own = masks(pids, ref_pids, offset)
-    # The distance to itself is a constant; computed, it is rounding noise, of which the Euclidean root makes 1e-3.
-    d_ap = d.masked_fill(~positive, -HUGE).masked_fill(own, to_itself).amax(1)
+    positive, negative = masks(pids, ref_pids, offset)
+    # The distance to itself is the smallest there is and a constant; computed, it is rounding noise, which the
+    # Euclidean root turns into 1e-3.
+    d_ap = d.masked_fill(~positive, -HUGE).amax(1).clamp(min=to_itself)
     d_an = d.masked_fill(~negative, HUGE).amin(1)
     return (d_ap - d_an + margin).relu().mean()
 

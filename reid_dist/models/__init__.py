@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..losses.precision import full_precision
 from .heads import CosineClassifier, LinearClassifier
 from .ianet import build_ianet, build_ianet_ibn
 from .mobilenet import build_mobilenet_v2, fetch_mobilenet_v2
@@ -85,7 +86,8 @@ class ReIDModel(nn.Module):
         return len(self.bn.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        pooled = self.embed(self.pool(self.backbone(images)))
+        # In fp32 under autocast too: features and their gradients are gathered and summed over ranks.
+        pooled = full_precision(self.embed(self.pool(self.backbone(images))))
         feats = self.bn(pooled)
         if not self.training:
             return feats

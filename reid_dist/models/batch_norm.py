@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,70 +22,99 @@ from torch import nn
 
 from .. import dist
 
-_forward_into = torch.ops.aten.native_batch_norm.out
+_normalise = torch.ops.aten.native_batch_norm
 _backward = torch.ops.aten.native_batch_norm_backward
+_statistics = torch.ops.aten.batch_norm_update_stats
 
 
 class GroupNormalise(torch.autograd.Function):
     """Batch normalisation of (B, C, *) over ghost groups (num_ranks 1), or over one group held by several ranks.
 
-    forward -> (output like x, mean (G, C), unbiased variance (G, C)), statistics in the weights' dtype. The native
-    kernels serve CPU and GPU, both memory formats and half-precision input. With num_ranks > 1, G is 1, all ranks hold
-    equally many elements, and sums go over the ranks: means and then centred squares forward (so that nothing cancels),
-    once backward.
+    forward -> (output like x, statistics (2, G, C): means and inverse standard deviations in the weights' dtype). The
+    native kernels serve CPU and GPU, both memory formats and half-precision input. With num_ranks > 1, G is 1, all
+    ranks hold equally many elements, and each layer communicates once forward (an all-gather of the ranks' means and
+    variances, so that nothing cancels) and once backward (an all-reduce of two sums per channel).
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, num_groups: int, num_ranks: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x = dense(x)
-        out = torch.empty_like(x)
-        mean = weight.new_empty((num_groups, weight.shape[0]))
-        invstd = torch.empty_like(mean)
-        for i, (part, to) in enumerate(zip(x.chunk(num_groups), out.chunk(num_groups), strict=True)):
-            _forward_into(
-                part, weight, bias, None, None, True, 0.0, eps, out=to, save_mean=mean[i], save_invstd=invstd[i]
-            )
-        var = invstd.pow(-2) - eps
-        count = x[:, 0].numel() // num_groups * num_ranks
         if num_ranks > 1:  # all ranks of the group
-            ranks = dist.consecutive_ranks(num_ranks)
-            local_mean = mean
-            mean = dist.group_sum(local_mean.clone(), ranks) / num_ranks
-            var = dist.group_sum(var + (local_mean - mean).square(), ranks) / num_ranks
-            invstd = (var + eps).rsqrt()
-            unused = weight.new_empty(0)
-            _forward_into(
-                x, weight, bias, mean[0], var[0], False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused.clone()
-            )
-        ctx.save_for_backward(x, weight, mean, invstd, var)
-        ctx.eps, ctx.num_ranks, ctx.count = eps, num_ranks, count
-        unbiased = var * (count / max(count - 1, 1))
-        ctx.mark_non_differentiable(mean, unbiased)
-        return out, mean, unbiased
+            stats, var = shared_statistics(x, weight, eps, num_ranks)
+            out = _normalise(x, weight, bias, stats[0, 0], var, False, 0.0, eps)[0]
+        else:
+            stats, var = weight.new_empty((2, num_groups, len(weight))), None
+            out = torch.empty_like(x)
+            for part, to, mean, invstd in zip(x.chunk(num_groups), out.chunk(num_groups), *stats, strict=True):
+                _normalise.out(
+                    part, weight, bias, None, None, True, 0.0, eps, out=to, save_mean=mean, save_invstd=invstd
+                )
+        ctx.save_for_backward(x, weight, stats, var)
+        ctx.eps, ctx.num_ranks = eps, num_ranks
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return out, stats
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        x, weight, mean, invstd, var = ctx.saved_tensors
-        parts = list(zip(dense(grads[0]).chunk(len(mean)), x.chunk(len(mean)), mean, invstd, var, strict=True))
-        train = ctx.num_ranks == 1
-        mask = [True, True, True]
-        results = [
-            _backward(dy, part, weight, m, v, m if train else None, s if train else None, train, ctx.eps, mask)
-            for dy, part, m, s, v in parts
-        ]
-        dx = results[0][0] if len(results) == 1 else torch.cat([r[0] for r in results])
-        dw, db = (torch.stack([r[k] for r in results]).sum(0) for k in (1, 2))
+        if grads[0] is None:
+            return (None,) * 6
+        x, weight, stats, var = ctx.saved_tensors
+        dy = dense(grads[0])
         if ctx.num_ranks > 1:  # all ranks of the group
-            # With the statistics held fixed the kernel gave dx = dy w / s; what flows through mean and variance is
-            # - w / s (sum(dy) + xhat sum(dy xhat)) / n, the sums over all ranks of the group.
-            sums = dist.group_sum(torch.stack([dw, db]), dist.consecutive_ranks(ctx.num_ranks)) / ctx.count
-            slope = -weight * invstd[0].square() * sums[0]
-            shift = -weight * invstd[0] * sums[1] - mean[0] * slope
-            shape = [1, -1, *[1] * (x.dim() - 2)]
-            dx = (dx + torch.addcmul(shift.view(shape), x, slope.view(shape))).to(x.dtype)
+            return *shared_backward(dy, x, weight, stats[0, 0], stats[1, 0], var, ctx.eps, ctx.num_ranks), *[None] * 3
+        num_groups = stats.shape[1]
+        parts = [
+            _backward(dy_part, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True])
+            for dy_part, part, mean, invstd in zip(dy.chunk(num_groups), x.chunk(num_groups), *stats, strict=True)
+        ]
+        dx, dw, db = parts[0]
+        if num_groups > 1:
+            dx = torch.cat([part[0] for part in parts])
+            for _, other_dw, other_db in parts[1:]:
+                torch._foreach_add_([dw, db], [other_dw, other_db])
         return dx, dw, db, None, None, None
+
+
+def shared_statistics(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor]:  # all ranks of the group
+    """((2, 1, C) means and inverse standard deviations, (C,) biased variance) of one group held by num_ranks ranks."""
+    # The kernel takes the dtype of its results from running statistics; a momentum of 0 leaves these unused.
+    unused = weight.new_empty((2, len(weight)))
+    own = torch.stack(_statistics(x, unused[0], unused[1], 0.0))
+    of_ranks = dist.group_gather(own, dist.consecutive_ranks(num_ranks))  # (R, 2, C)
+    stats = of_ranks.mean(0)
+    var = of_ranks[:, 0].var(0, correction=0).add_(stats[1])
+    torch.add(var, eps, out=stats[1]).rsqrt_()
+    return stats[:, None], var
+
+
+def shared_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    num_ranks: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # all ranks of the group
+    """(dx, this rank's dw, this rank's db) of a group held by num_ranks ranks, without fp32 copies of activations.
+
+    With the statistics held fixed the kernel gives dx = dy w / s. What flows through mean and variance is
+    -(w / s) (sum(dy) + xhat sum(dy xhat)) / n, the sums over all ranks of the group: a batch norm of x with these
+    factors as bias and weight.
+    """
+    # CUDA's kernel requires save_mean and save_invstd; the CPU's ignores them when the statistics are fixed.
+    dx, dw, db = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, [True, True, True])
+    sums = dist.group_sum(torch.stack([dw, db]), dist.consecutive_ranks(num_ranks))
+    sums.mul_(weight * invstd)
+    through_statistics = _normalise(x, sums[0], sums[1], mean, var, False, 0.0, eps)[0]
+    dx.add_(through_statistics, alpha=-1 / (x[:, 0].numel() * num_ranks))
+    return dx, dw, db
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -115,9 +145,9 @@ class GroupBatchNorm(nn.Module):
             self.register_buffer(name, getattr(bn, name))
         act = getattr(bn, "act", None)
         self.act = act if isinstance(act, nn.Module) else nn.Identity()
-        self.noted: list[
-            torch.Tensor
-        ] = []  # (2, G, C) of each forward since the last update: means, unbiased variances
+        # Of each forward since the last update: (2, G, C) means and inverse standard deviations.
+        self.noted: list[torch.Tensor] = []
+        self.group_elements = 0  # per channel and group, in the last noted forward
         self.noting = True
 
     def extra_repr(self) -> str:
@@ -128,9 +158,10 @@ class GroupBatchNorm(nn.Module):
             mean, var = self.running_mean, self.running_var
             return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
         num_groups, num_ranks = split_group(len(x), self.group)
-        out, mean, var = GroupNormalise.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
+        out, stats = GroupNormalise.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
         if self.noting:
-            self.noted.append(torch.stack([mean, var]))
+            self.noted.append(stats)
+            self.group_elements = self.group * (x.numel() // (x.shape[0] * x.shape[1]))
         return self.act(out)
 
 
@@ -159,20 +190,36 @@ class Noted(NamedTuple):
     """Statistics on their way to the running ones: of which layers, and what waits for their means over ranks."""
 
     norms: list[GroupBatchNorm]
-    means: Callable[[], list[torch.Tensor]]  # (2, C) of each layer
+    means: Callable[[], torch.Tensor]  # (2, sum of the layers' C): means, unbiased variances
 
 
 @torch.no_grad()
 def begin_running_stats(norms: list[GroupBatchNorm]) -> Noted:  # all ranks
     """Takes what the forwards since the last call have noted, and starts to average it over all groups of all ranks.
 
-    One all-reduce for all layers (0.2 MB for ResNet-50), which runs beside the backward.
+    One all-reduce for all layers (0.2 MB for ResNet-50), which runs beside the backward. All layers have seen the same
+    number of groups.
     """
     norms = [m for m in norms if m.noted]  # those of a frozen backbone have seen nothing
-    stats = [torch.cat(m.noted, dim=1).mean(1) for m in norms]  # all groups are equally large
+    if not norms:
+        return Noted([], lambda: torch.empty(2, 0))
+    stats = torch.cat([m.noted[0] if len(m.noted) == 1 else torch.cat(m.noted, dim=1) for m in norms], dim=2)
+    layers = tuple((len(m.weight), m.eps, m.group_elements) for m in norms)
     for m in norms:
         m.noted.clear()
-    return Noted(norms, dist.begin_average(stats))
+    eps, unbiased = _layer_constants(layers, stats.device, stats.dtype)
+    stats[1].pow_(-2).sub_(eps).mul_(unbiased)
+    return Noted(norms, dist.begin_average(stats.mean(1)))  # all groups are equally large
+
+
+@lru_cache(maxsize=8)
+def _layer_constants(
+    layers: tuple[tuple[int, float, int], ...], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(eps, n / (n - 1)) of every channel of all layers, given as (C, eps, n); kept, since copying them would wait."""
+    values = [[eps, n / max(n - 1, 1)] for channels, eps, n in layers for _ in range(channels)]
+    eps, unbiased = torch.tensor(values, dtype=dtype).T.contiguous().to(device)
+    return eps, unbiased
 
 
 @torch.no_grad()
@@ -184,12 +231,13 @@ def update_running_stats(noted: Noted, bad: torch.Tensor) -> None:
     norms, stats = noted.norms, noted.means()
     if not norms:
         return
-    buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
+    buffers = [m.running_mean for m in norms] + [m.running_var for m in norms]
     # lerp towards a buffer's own value leaves every bit; a factor of 0 would make 0 x NaN.
-    goals = torch.where(bad > 0, torch.cat(buffers), torch.cat([row for s in stats for row in s]))
-    goals = goals.split([len(b) for b in buffers])
-    torch._foreach_lerp_(buffers, goals, [m.momentum for m in norms for _ in range(2)])
-    torch._foreach_add_([m.num_batches_tracked for m in norms], (bad == 0).long())
+    keep = bad > 0
+    goals = torch.where(keep, torch.cat(buffers), stats.view(-1)).split([len(b) for b in buffers])
+    torch._foreach_lerp_(buffers, goals, 2 * [m.momentum for m in norms])
+    # A list: a single tensor would be taken for a Python number, and read from the device.
+    torch._foreach_add_([m.num_batches_tracked for m in norms], [(~keep).long()] * len(norms))
 
 
 @contextmanager

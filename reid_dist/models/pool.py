@@ -8,18 +8,23 @@ from torch import nn
 from ..losses.precision import full_precision
 
 
+def mean_over_positions(x: torch.Tensor) -> torch.Tensor:
+    """(B, D, h, w) -> (B, D) in fp32 (fp64 stays). What is gathered and summed over ranks has to be full precision."""
+    return x.mean(dim=(2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 class AveragePool(nn.Module):
-    """The mean over positions, as Simple-ReID has it."""
+    """The mean over positions, as Simple-ReID has it; in fp32 under any autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3))
+        return mean_over_positions(x)
 
 
 class MaxAveragePool(nn.Module):
     """The mean plus the maximum over positions: the width stays."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))
+        return mean_over_positions(x) + x.amax(dim=(2, 3))
 
 
 class GeneralisedMeanPool(nn.Module):

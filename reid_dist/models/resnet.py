@@ -26,7 +26,11 @@ class IBN(nn.Module):
         self.BN = nn.BatchNorm2d(channels - self.first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.IN(x[:, : self.first]), self.BN(x[:, self.first :])], dim=1)
+        # torch's instance norm works in contiguous memory; the network goes on in the format that it came in.
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        first = self.IN(x[:, : self.first]).contiguous(memory_format=layout)
+        return torch.cat([first, self.BN(x[:, self.first :])], dim=1)
 
 
 def build_resnet50(last_stride: int = 1) -> nn.Sequential:
