@@ -16,7 +16,7 @@ import time
 import torch
 
 from reid_dist.models import build_model, find_backbone
-from reid_dist.models.batch_norm import batch_norms, begin_running_stats, group_batch_norms, update_running_stats
+from reid_dist.models.batch_norm import batch_norms, begin_running_stats, group_batch_norms, note, update_running_stats
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def step_seconds(model: torch.nn.Module, images: torch.Tensor, bf16: bool) -> fl
     (feats.float().square().mean() + logits.float().square().mean()).backward()
     norms = batch_norms(model)
     if norms:
+        note(norms)
         update_running_stats(begin_running_stats(norms), torch.zeros(()))
     synchronize(images)
     return time.perf_counter() - begin

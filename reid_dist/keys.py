@@ -93,6 +93,8 @@ _C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
 _C.TRAIN.MICRO_BATCH = (
     0  # images a rank takes at a time, whole batch norm groups: less memory, the same numbers; 0: all
 )
+_C.TRAIN.COMPILE = "off"  # network and losses under torch.compile: off | on; the first step takes minutes
+_C.TRAIN.CUDA_GRAPH = "off"  # the step is captured once as a CUDA graph and replayed: off | on; for small batches
 _C.TRAIN.FREEZE_STEPS = 0  # so many steps leave the backbone, its running statistics included, as it is
 _C.TRAIN.EMA = 0.0  # decay of a moving average of the weights, evaluated beside them, such as 0.999; 0: none
 _C.TRAIN.LOG_STEP = 10  # steps between log lines
@@ -184,6 +186,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "MODEL.HEAD": ("simple", "bnneck"),
     "MODEL.POOL": ("avg", "gem", "max+avg"),
     "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
+    "TRAIN.COMPILE": ("off", "on"),
+    "TRAIN.CUDA_GRAPH": ("off", "on"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
     "TRAIN.LR_SCHEDULER.NAME": ("step", "cosine"),
     "TRAIN.ON_NAN": ("error", "skip"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .models.batch_norm import (
     Noted,
     batch_norms,
     begin_running_stats,
-    not_noting,
+    note,
     update_running_stats,
 )
 from .models.half_weights import HalfWeights
@@ -52,33 +53,41 @@ class Objective:
     offset: int
     micro_batch: int  # 0: the whole share at once
     autocast: torch.dtype | None
+    compile: bool  # network and losses under torch.compile
 
 
 class Network(NamedTuple):
     """A model on its way through a step, with what would otherwise be looked up in every step."""
 
+    call: Callable[..., Any]  # ddp, or ddp compiled
     ddp: nn.Module  # what `dist.wrap_ddp` made of the model
     model: Any  # the ReIDModel itself
     params: list[nn.Parameter]
     norms: list[GroupBatchNorm]
-    half: HalfWeights | None  # under autocast
+    half: HalfWeights | None  # under autocast, unless a compiler casts the weights where they are used
 
 
 def network_of(ddp: nn.Module, objective: Objective) -> Network:
     """ddp: as `dist.wrap_ddp` returns it."""
     model = dist.unwrap(ddp)
-    half = HalfWeights(model, objective.autocast) if objective.autocast is not None else None
-    return Network(ddp, model, list(model.parameters()), batch_norms(model), half)
+    call = torch.compile(ddp, dynamic=False) if objective.compile else ddp
+    half = None
+    if objective.autocast is not None and not objective.compile:
+        half = HalfWeights(model, objective.autocast)
+    return Network(call, ddp, model, list(model.parameters()), batch_norms(model), half)
 
 
 def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
     loss = cfg.LOSS
     sharded = cfg.MODEL.CLASSIFIER_SHARDED
     margins = (loss.CLA_LOSS, loss.CLA_S, loss.CLA_M)
+    compiled = functools.partial(torch.compile, dynamic=False) if cfg.TRAIN.COMPILE == "on" else lambda f: f
     return Objective(
-        classify=build_classification(*margins),
+        classify=compiled(build_classification(*margins)),
         classify_shard=build_sharded_classification(*margins, complete) if sharded else None,
-        compare=build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, loss.PAIR_DISTANCE or cfg.TEST.DISTANCE),
+        compare=compiled(
+            build_pairwise(loss.PAIR_LOSS, loss.PAIR_S, loss.PAIR_M, loss.PAIR_DISTANCE or cfg.TEST.DISTANCE)
+        ),
         gather=loss.GATHER,
         center_weight=loss.CENTER,
         center_lr=loss.CENTER_LR,
@@ -87,6 +96,7 @@ def build_objective(cfg: Any, num_pids: int, world: dist.World) -> Objective:
         offset=world.rank * cfg.DATA.TRAIN_BATCH // world.world_size,
         micro_batch=cfg.TRAIN.MICRO_BATCH,
         autocast=AUTOCAST.get(cfg.TRAIN.PRECISION),
+        compile=cfg.TRAIN.COMPILE == "on",
     )
 
 
@@ -154,7 +164,8 @@ def backward(
     if objective.micro_batch not in (0, len(images)):
         return backward_in_pieces(net, objective, scaler, images, global_pids)
     pids = global_pids[objective.offset : objective.offset + len(images)]
-    feats, logits = forward(net.ddp, images, objective, net.half)
+    feats, logits = forward(net.call, images, objective, net.half)
+    note(net.norms)
     pair, cla, correct = gathered_losses(net.model, objective, feats, global_pids)
     if logits is not None:
         cla, correct = objective.classify(logits, pids), (logits.detach().argmax(1) == pids).sum()
@@ -181,33 +192,36 @@ def backward_in_pieces(
     """
     pids = global_pids[objective.offset : objective.offset + len(images)]
     pieces = images.split(objective.micro_batch)
-    with torch.no_grad():
-        feats = torch.cat([forward(net.model, piece, objective, net.half)[0] for piece in pieces])
-    feats.requires_grad_()
+    by_piece = []
+    for piece in pieces:
+        with torch.no_grad():
+            by_piece.append(forward(net.model, piece, objective, net.half)[0])
+        note(net.norms)
+    feats = torch.cat(by_piece).requires_grad_()
     pair, cla, correct = gathered_losses(net.model, objective, feats, global_pids)
     scaler.scale(pair if cla is None else cla + pair).backward()
     assert feats.grad is not None
     watchdog.at("backward")
     noted = begin_running_stats(net.norms)
     parts = zip(pieces, feats.grad.split(objective.micro_batch), pids.split(objective.micro_batch), strict=True)
-    by_piece = []
+    of_pieces = []
     for i, (piece, grad, piece_pids) in enumerate(parts):
-        with dist.accumulating(net.ddp) if i < len(pieces) - 1 else nullcontext(), not_noting(net.norms):
-            piece_feats, logits = forward(net.ddp, piece, objective, net.half)
+        with dist.accumulating(net.ddp) if i < len(pieces) - 1 else nullcontext():
+            piece_feats, logits = forward(net.call, piece, objective, net.half)
             target = (piece_feats * grad).sum()
             if logits is not None:
                 share = objective.classify(logits, piece_pids) / len(pieces)
-                by_piece.append(torch.stack([share.detach(), (logits.detach().argmax(1) == piece_pids).sum()]))
+                of_pieces.append(torch.stack([share.detach(), (logits.detach().argmax(1) == piece_pids).sum()]))
                 target = target + scaler.scale(share)
             target.backward()
-    if by_piece:
-        cla, correct = torch.stack(by_piece).sum(0)
+    if of_pieces:
+        cla, correct = torch.stack(of_pieces).sum(0)
     assert cla is not None and correct is not None
     return Losses(cla, pair, correct), noted
 
 
 def forward(
-    model: nn.Module, images: torch.Tensor, objective: Objective, half: HalfWeights | None
+    model: Callable[..., Any], images: torch.Tensor, objective: Objective, half: HalfWeights | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(features (B, D) in fp32 or fp64, logits (B, C) or None) under autocast."""
     autocast = torch.autocast(images.device.type, dtype=objective.autocast, enabled=objective.autocast is not None)

@@ -5,14 +5,13 @@ a ghost group (Hoffer et al., Train longer, generalize better, NIPS 2017), a lar
 consecutive ranks that hold it. 32 is what made Simple-ReID's numbers: a batch of 64 on two GPUs.
 
 Running statistics take the mean over the groups of a step: mean of the means, mean of the unbiased variances (n is the
-group's number of elements per channel). A forward notes its groups' statistics; `update_running_stats`, once a step,
+group's number of elements per channel). `note` takes the statistics of a forward; `update_running_stats`, once a step,
 averages them over groups, forwards (micro-batches) and ranks and moves the buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,35 +21,66 @@ from torch import nn
 
 from .. import dist
 
-_normalise = torch.ops.aten.native_batch_norm
+_normalize = torch.ops.aten.native_batch_norm
 _backward = torch.ops.aten.native_batch_norm_backward
 _statistics = torch.ops.aten.batch_norm_update_stats
 
 
-class GroupNormalise(torch.autograd.Function):
-    """Batch normalisation of (B, C, *) over ghost groups (num_ranks 1), or over one group held by several ranks.
+def normalize(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, num_groups: int, num_ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # all ranks of the group
+    """Batch normalization of (B, C, *) over ghost groups (num_ranks 1), or over one group held by several ranks.
 
-    forward -> (output like x, statistics (2, G, C): means and inverse standard deviations in the weights' dtype). The
-    native kernels serve CPU and GPU, both memory formats and half-precision input. With num_ranks > 1, G is 1, all
-    ranks hold equally many elements, and each layer communicates once forward (an all-gather of the ranks' means and
-    variances, so that nothing cancels) and once backward (an all-reduce of two sums per channel).
+    Returns (output like x, statistics (2, G, C): means and inverse standard deviations in the weights' dtype, the
+    biased variance (C,) that `normalize_backward` needs of a group held by several ranks). The native kernels serve CPU
+    and GPU, both memory formats and half-precision input. With num_ranks > 1, G is 1, all ranks hold equally many
+    elements, and each layer communicates once forward (an all-gather of the ranks' means and variances, so that nothing
+    cancels) and once backward (an all-reduce of two sums per channel).
     """
+    x = dense(x)
+    if num_ranks > 1:
+        stats, var = shared_statistics(x, weight, eps, num_ranks)
+        return _normalize(x, weight, bias, stats[0, 0], var, False, 0.0, eps)[0], stats, var
+    stats, out = weight.new_empty((2, num_groups, len(weight))), torch.empty_like(x)
+    for part, to, mean, invstd in zip(x.chunk(num_groups), out.chunk(num_groups), *stats, strict=True):
+        _normalize.out(part, weight, bias, None, None, True, 0.0, eps, out=to, save_mean=mean, save_invstd=invstd)
+    return out, stats, weight.new_empty(0)
+
+
+def normalize_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stats: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    num_ranks: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # all ranks of the group
+    """The gradients of `normalize`'s output with respect to x, weight and bias; the latter two are this rank's part."""
+    dy, x = dense(dy), dense(x)
+    if num_ranks > 1:
+        return shared_backward(dy, x, weight, stats[0, 0], stats[1, 0], var, eps, num_ranks)
+    num_groups = stats.shape[1]
+    parts = [
+        _backward(dy_part, part, weight, None, None, mean, invstd, True, eps, [True, True, True])
+        for dy_part, part, mean, invstd in zip(dy.chunk(num_groups), x.chunk(num_groups), *stats, strict=True)
+    ]
+    dx, dw, db = parts[0]
+    if num_groups > 1:
+        dx = torch.cat([part[0] for part in parts])
+        for _, other_dw, other_db in parts[1:]:
+            torch._foreach_add_([dw, db], [other_dw, other_db])
+    return dx, dw, db
+
+
+class GroupNormalize(torch.autograd.Function):
+    """`normalize` with its backward: (x, weight, bias, eps, num_groups, num_ranks) -> (output, statistics)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, num_groups: int, num_ranks: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = dense(x)
-        if num_ranks > 1:  # all ranks of the group
-            stats, var = shared_statistics(x, weight, eps, num_ranks)
-            out = _normalise(x, weight, bias, stats[0, 0], var, False, 0.0, eps)[0]
-        else:
-            stats, var = weight.new_empty((2, num_groups, len(weight))), None
-            out = torch.empty_like(x)
-            for part, to, mean, invstd in zip(x.chunk(num_groups), out.chunk(num_groups), *stats, strict=True):
-                _normalise.out(
-                    part, weight, bias, None, None, True, 0.0, eps, out=to, save_mean=mean, save_invstd=invstd
-                )
+        out, stats, var = normalize(x, weight, bias, eps, num_groups, num_ranks)
         ctx.save_for_backward(x, weight, stats, var)
         ctx.eps, ctx.num_ranks = eps, num_ranks
         ctx.mark_non_differentiable(stats)
@@ -62,20 +92,54 @@ class GroupNormalise(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 6
         x, weight, stats, var = ctx.saved_tensors
-        dy = dense(grads[0])
-        if ctx.num_ranks > 1:  # all ranks of the group
-            return *shared_backward(dy, x, weight, stats[0, 0], stats[1, 0], var, ctx.eps, ctx.num_ranks), *[None] * 3
-        num_groups = stats.shape[1]
-        parts = [
-            _backward(dy_part, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True])
-            for dy_part, part, mean, invstd in zip(dy.chunk(num_groups), x.chunk(num_groups), *stats, strict=True)
-        ]
-        dx, dw, db = parts[0]
-        if num_groups > 1:
-            dx = torch.cat([part[0] for part in parts])
-            for _, other_dw, other_db in parts[1:]:
-                torch._foreach_add_([dw, db], [other_dw, other_db])
-        return dx, dw, db, None, None, None
+        own = normalize_backward(grads[0], x, weight, stats, var, ctx.eps, ctx.num_ranks)
+        return *own, None, None, None
+
+
+# The same for torch.compile, as an operator whose shapes it knows and whose inside it leaves alone: it would take the
+# kernels apart and cannot follow collectives.
+@torch.library.custom_op(
+    "reid_dist::group_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor bias, float eps, int num_groups, int num_ranks)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def compiled_normalize(x, weight, bias, eps, num_groups, num_ranks):
+    return normalize(x, weight, bias, eps, num_groups, num_ranks)
+
+
+@compiled_normalize.register_fake
+def _(x, weight, bias, eps, num_groups, num_ranks):
+    stats = weight.new_empty((2, num_groups, len(weight)))
+    return torch.empty_like(dense(x)), stats, weight.new_empty(len(weight) if num_ranks > 1 else 0)
+
+
+@torch.library.custom_op(
+    "reid_dist::group_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor stats, Tensor var, float eps, int num_ranks)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def compiled_normalize_backward(dy, x, weight, stats, var, eps, num_ranks):
+    return normalize_backward(dy, x, weight, stats, var, eps, num_ranks)
+
+
+@compiled_normalize_backward.register_fake
+def _(dy, x, weight, stats, var, eps, num_ranks):
+    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, ctx.eps, _, ctx.num_ranks = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def _backward_of_compiled(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    grads_of_inputs = compiled_normalize_backward(grads[0], *ctx.saved_tensors, ctx.eps, ctx.num_ranks)
+    return *grads_of_inputs, None, None, None
+
+
+compiled_normalize.register_autograd(_backward_of_compiled, setup_context=_keep_for_backward)
 
 
 def shared_statistics(
@@ -112,7 +176,7 @@ def shared_backward(
     dx, dw, db = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, [True, True, True])
     sums = dist.group_sum(torch.stack([dw, db]), dist.consecutive_ranks(num_ranks))
     sums.mul_(weight * invstd)
-    through_statistics = _normalise(x, sums[0], sums[1], mean, var, False, 0.0, eps)[0]
+    through_statistics = _normalize(x, sums[0], sums[1], mean, var, False, 0.0, eps)[0]
     dx.add_(through_statistics, alpha=-1 / (x[:, 0].numel() * num_ranks))
     return dx, dw, db
 
@@ -145,10 +209,10 @@ class GroupBatchNorm(nn.Module):
             self.register_buffer(name, getattr(bn, name))
         act = getattr(bn, "act", None)
         self.act = act if isinstance(act, nn.Module) else nn.Identity()
-        # Of each forward since the last update: (2, G, C) means and inverse standard deviations.
+        # (2, G, C) means and inverse standard deviations: of the last forward, and of those that `note` has taken.
+        self.stats: torch.Tensor | None = None
         self.noted: list[torch.Tensor] = []
-        self.group_elements = 0  # per channel and group, in the last noted forward
-        self.noting = True
+        self.group_elements = 0  # per channel and group, in the last forward
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, group={self.group}, eps={self.eps}, momentum={self.momentum}"
@@ -158,10 +222,12 @@ class GroupBatchNorm(nn.Module):
             mean, var = self.running_mean, self.running_var
             return self.act(F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
         num_groups, num_ranks = split_group(len(x), self.group)
-        out, stats = GroupNormalise.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
-        if self.noting:
-            self.noted.append(stats)
-            self.group_elements = self.group * (x.numel() // (x.shape[0] * x.shape[1]))
+        if torch.compiler.is_compiling():
+            out, stats, _ = compiled_normalize(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
+            self.stats = stats.detach()
+        else:
+            out, self.stats = GroupNormalize.apply(x, self.weight, self.bias, self.eps, num_groups, num_ranks)
+        self.group_elements = self.group * (x.numel() // (x.shape[0] * x.shape[1]))
         return self.act(out)
 
 
@@ -186,6 +252,14 @@ def batch_norms(model: nn.Module) -> list[GroupBatchNorm]:
     return [m for m in model.modules() if isinstance(m, GroupBatchNorm)]
 
 
+def note(norms: list[GroupBatchNorm]) -> None:
+    """Takes the statistics of the last forward for the running ones; a forward that repeats another is not noted."""
+    for m in norms:
+        if m.stats is not None:
+            m.noted.append(m.stats)
+            m.stats = None
+
+
 class Noted(NamedTuple):
     """Statistics on their way to the running ones: of which layers, and what waits for their means over ranks."""
 
@@ -195,7 +269,7 @@ class Noted(NamedTuple):
 
 @torch.no_grad()
 def begin_running_stats(norms: list[GroupBatchNorm]) -> Noted:  # all ranks
-    """Takes what the forwards since the last call have noted, and starts to average it over all groups of all ranks.
+    """Takes what has been noted since the last call, and starts to average it over all groups of all ranks.
 
     One all-reduce for all layers (0.2 MB for ResNet-50), which runs beside the backward. All layers have seen the same
     number of groups.
@@ -229,6 +303,8 @@ def update_running_stats(noted: Noted, bad: torch.Tensor) -> None:
     bad: scalar on the device; where it is 1.0 the buffers stay as they are.
     """
     norms, stats = noted.norms, noted.means()
+    for m in norms:
+        m.stats = None  # of a forward that was not noted
     if not norms:
         return
     buffers = [m.running_mean for m in norms] + [m.running_var for m in norms]
@@ -238,15 +314,3 @@ def update_running_stats(noted: Noted, bad: torch.Tensor) -> None:
     torch._foreach_lerp_(buffers, goals, 2 * [m.momentum for m in norms])
     # A list: a single tensor would be taken for a Python number, and read from the device.
     torch._foreach_add_([m.num_batches_tracked for m in norms], [(~keep).long()] * len(norms))
-
-
-@contextmanager
-def not_noting(norms: list[GroupBatchNorm]) -> Iterator[None]:
-    """Forwards in here repeat a noted one and leave the statistics as they are."""
-    for m in norms:
-        m.noting = False
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.noting = True
