@@ -80,5 +80,5 @@ def test_lexsort_is_stable_and_knows_one_zero():
 
 @given(st.integers(0, 100), st.integers(0, 2 * features.BLOCK_BYTES))
 def test_blocks_cover_the_rows_once(num_rows, row_bytes):
-    parts = features.blocks(num_rows, row_bytes)
+    parts = features.blocks(num_rows, row_bytes, features.BLOCK_BYTES)
     assert [i for block in parts for i in range(num_rows)[block]] == list(range(num_rows))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from reid_dist import dist
 from reid_dist.evaluator import evaluate_features
+from reid_dist.ranking import expansion, features, rerank, tiles
 from reid_dist.ranking.rerank import Settings, evaluate_reranked
 from tests.ranks import run_ranks
 from tests.test_metrics import Case, make_case, reference
@@ -106,3 +108,29 @@ def test_settings_out_of_range(settings):
     case = CASES[0][0]
     with pytest.raises(ValueError, match="expected k1 and k2"):
         evaluate_reranked(case.features("q", 0, 1), case.features("g", 0, 1), settings=settings)
+
+
+def test_blocks_are_larger_on_a_gpu():
+    cpu, gpu = (features.block_bytes(torch.device(name)) for name in ("cpu", "cuda:1"))
+    assert cpu == 8 << 20 and gpu == 256 << 20
+
+
+def test_no_bit_of_reranking_and_expansion_depends_on_the_size_of_the_blocks(monkeypatch):
+    """Blocks of one row up to blocks of everything, in every place that asks how large they may be."""
+    case = clustered(12, 60, 6, 7, 3, 0, dtype=torch.float16)
+    sides = [case.features(side, 0, 1) for side in "qg"]
+    found, asked = [], set()
+    for size in (1, 1 << 10, 256 << 20):
+        for module in (features, tiles, rerank, expansion):
+
+            def block_bytes(device, module=module, size=size):
+                asked.add(module.__name__.rpartition(".")[2])
+                return size
+
+            monkeypatch.setattr(module, "block_bytes", block_bytes)
+        settings = expansion.Settings(5, 3.0, gallery=True)
+        expanded = expansion.expand(*sides, settings=settings)
+        found.append([*(rows.feats.numpy() for rows in expanded), evaluate_reranked(*sides).ap])
+    assert asked == {"features", "tiles", "rerank", "expansion"}
+    for others in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], others, strict=True))

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .features import blocks, shard
+from .features import GPU_BLOCK_BYTES, blocks, shard
 
-# Temporaries on a GPU, where a kernel's launch costs as much as the work on some megabytes.
-GPU_BLOCK_BYTES = 256 << 20
 # A CPU's tile is counted in blocks of rows that fit a core's cache, one row at least.
 CACHED_ENTRIES = 1 << 16
 # Of so many columns one is looked at to see how much of a row lies nearer than its farthest match.

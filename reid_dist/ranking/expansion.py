@@ -16,7 +16,7 @@ import torch
 from .. import dist, metrics
 from ..metrics import EvalResult
 from . import positions
-from .features import Features, Ints, Metric, Sides, blocks, check, square_norms
+from .features import Features, Ints, Metric, Sides, block_bytes, blocks, check, square_norms
 from .neighbours import nearest
 from .tiles import MIN_NORM, Shard
 
@@ -100,7 +100,7 @@ def _expand_side(  # all ranks
         lengths = feats.square().sum(1).sqrt().clamp_min(MIN_NORM)
         total = torch.zeros(len(feats), width + 1, dtype=torch.float64, device=mine.device)
         members, columns = held(own, near[indices[part.places]])
-        for block in blocks(len(members), 3 * width * 8):
+        for block in blocks(len(members), 3 * width * 8, block_bytes(mine.device)):
             i = torch.from_numpy(members[block]).to(mine.device)
             j = torch.from_numpy(columns[block]).to(mine.device)
             found = mine.feats[j].to(mine.dtype)

@@ -16,6 +16,8 @@ Ints = npt.NDArray[np.int64]
 
 # Size of temporaries beside the tile; 8 MiB stay in a CPU's last-level cache.
 BLOCK_BYTES = 8 << 20
+# The same on a GPU, where launching a kernel costs as much as its work on some megabytes.
+GPU_BLOCK_BYTES = 256 << 20
 
 
 @dataclass
@@ -68,9 +70,14 @@ def compute_dtype(feats: torch.Tensor) -> torch.dtype:
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
 
 
-def blocks(num_rows: int, row_bytes: int, block_bytes: int = 0) -> list[slice]:
-    """Slices of 0..num_rows-1 of at most block_bytes (0: BLOCK_BYTES), one row at least."""
-    step = max(1, (block_bytes or BLOCK_BYTES) // max(1, row_bytes))
+def block_bytes(device: torch.device) -> int:
+    """How large temporaries on `device` may be. No result depends on it."""
+    return BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+
+
+def blocks(num_rows: int, row_bytes: int, max_bytes: int) -> list[slice]:
+    """Slices of 0..num_rows-1 of at most max_bytes each, one row at least."""
+    step = max(1, max_bytes // max(1, row_bytes))
     return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
@@ -81,7 +88,7 @@ def square_norms(feats: torch.Tensor) -> torch.Tensor:
     """
     dtype = compute_dtype(feats)
     out = torch.empty(len(feats), dtype=dtype, device=feats.device)
-    for rows in blocks(len(feats), feats.shape[1] * dtype.itemsize):
+    for rows in blocks(len(feats), feats.shape[1] * dtype.itemsize, block_bytes(feats.device)):
         block = feats[rows].to(dtype)
         if block.device.type == "cpu":
             out[rows] = torch.from_numpy(np.einsum("nd,nd->n", block.numpy(), block.numpy()))

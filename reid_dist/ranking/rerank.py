@@ -21,7 +21,7 @@ from .. import dist, metrics
 from ..metrics import EvalResult, Floats
 from . import positions
 from .counting import Order
-from .features import Features, Ints, Metric, Sides, blocks, check
+from .features import Features, Ints, Metric, Sides, block_bytes, blocks, check
 from .neighbours import nearest, squared
 from .tiles import MIN_NORM, Shard
 
@@ -112,8 +112,8 @@ def reciprocal_sets(near: Ints, k1: int, rows: Ints) -> Sparse:
 
 
 def in_blocks(step: Callable[[Ints], np.ndarray], rows: Ints, row_bytes: int) -> np.ndarray:
-    """step of all rows, in blocks of which the temporaries stay small."""
-    parts = [step(rows[block]) for block in blocks(len(rows), row_bytes)]
+    """step of all rows, on the host, in blocks of which the temporaries stay small."""
+    parts = [step(rows[block]) for block in blocks(len(rows), row_bytes, block_bytes(torch.device("cpu")))]
     # Without rows: the shape of a row, taken from one that is there.
     return np.concatenate(parts) if parts else step(np.zeros(1, np.int64))[:0]
 
@@ -139,7 +139,7 @@ def member_distances(  # all ranks
             places[start + indices[part.places]] = np.arange(len(part.rows))
             at = places[sets.columns]
             pairs = np.flatnonzero(at >= 0)
-            for block in blocks(len(pairs), 3 * width * dtype.itemsize):
+            for block in blocks(len(pairs), 3 * width * dtype.itemsize, block_bytes(device)):
                 r, c = rows[pairs[block]], torch.from_numpy(at[pairs[block]]).to(device)
                 mine = torch.empty(len(r), width, dtype=dtype, device=device)
                 is_query = torch.from_numpy(r < num_own_query)
@@ -229,7 +229,8 @@ class Reranked:
         self.squares = dist.all_gather_rows(sides.query_squares)
         self.greatest = torch.from_numpy(greatest[self.queries]).to(shard.device, shard.dtype)
         places = sum(sides.num_query) + shard.indices.cpu().numpy()
-        parts = [average(rows, near[places[block]], self.num) for block in blocks(len(places), 1 << 14)]
+        host = block_bytes(torch.device("cpu"))
+        parts = [average(rows, near[places[block]], self.num) for block in blocks(len(places), 1 << 14, host)]
         starts = [np.diff(part.starts) for part in parts]
         own = Sparse(
             np.concatenate([[0], np.concatenate([*starts, np.zeros(0, np.int64)]).cumsum()]),
@@ -243,7 +244,7 @@ class Reranked:
         tile, order = self.shard.tile(feats, buffer)
         order.apply_(tile)
         mine, squares = self.shard, self.squares[places, None]
-        for block in blocks(len(tile), 4 * max(1, len(mine)) * mine.dtype.itemsize):
+        for block in blocks(len(tile), 4 * max(1, len(mine)) * mine.dtype.itemsize, block_bytes(mine.device)):
             scale = self.weight / self.greatest[places][block, None]
             tile[block] = squared(mine, tile[block], squares[block]) * scale
         rows, columns, shares = self.jaccard(self.queries[places])

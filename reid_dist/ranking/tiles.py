@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .counting import Order
-from .features import Features, Ints, Labels, Metric, blocks, compute_dtype, host_labels
+from .features import Features, Ints, Labels, Metric, block_bytes, blocks, compute_dtype, host_labels
 
 # The smallest norm divided by, as in torch.nn.functional.normalize: a zero feature keeps distance 0 to everything.
 MIN_NORM = 1e-12
@@ -65,7 +65,7 @@ def multiply(feats: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None
         torch.mm(feats, rows.T, out_dtype=out.dtype, out=out)
     else:
         feats = feats.to(out.dtype)
-        for block in blocks(len(rows), rows.shape[1] * out.dtype.itemsize):
+        for block in blocks(len(rows), rows.shape[1] * out.dtype.itemsize, block_bytes(out.device)):
             multiply(feats, rows[block].to(out.dtype), out[:, block])
 
 
