@@ -10,6 +10,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -56,6 +57,9 @@ def init(timeout_s: float = 600.0) -> World:  # all ranks
         td.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
         global _timeout
         _timeout = timedelta(seconds=timeout_s)
+        watchdog.set_rank(rank)
+        if device.type == "cuda":
+            threading.Thread(target=_watch_nccl, name="reid_dist-nccl", daemon=True).start()
     return World(rank, local_rank, world_size, device)
 
 
@@ -86,7 +90,64 @@ def new_group(ranks: list[int] | None = None, backend: str | None = None) -> Any
 def shutdown() -> None:
     """Ends the process group if there is one."""
     if td.is_initialized():
-        td.destroy_process_group()
+        with _watching:
+            td.destroy_process_group()
+
+
+# How often NCCL is asked for errors. torch ends the process no sooner than 4 x 15 s after it has noted one.
+NCCL_POLL_S = 1.0
+_watching = threading.Lock()  # held while NCCL's state is read or ended
+_ending = threading.Lock()  # never released: the thread that holds it ends the process
+
+
+def _watch_nccl() -> None:
+    """Ends this process with one line when NCCL has given up a collective.
+
+    Without it the line would never be printed on GPUs. A host runs ahead of its GPU: it waits not in the collective but
+    in the next copy from the device, where a timeout raises nothing. torch's own watchdog (Watchdog::runLoop in
+    ProcessGroupNCCL.cpp) first notes the error for `get_error`, then waits 4 x TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC,
+    60 s by default, for debug dumps, and then throws in its own C++ thread, which ends the process by SIGABRT. This
+    thread uses that minute. If it cannot (another thread keeps Python's lock), SIGABRT still comes: nothing hangs.
+
+    The alternatives are worse. TORCH_NCCL_ASYNC_ERROR_HANDLING=2 aborts the communicators alone: the copy returns, and
+    the step goes on with whatever is in the buffers. 0 waits for ever. TORCH_NCCL_BLOCKING_WAIT=1 raises in the host's
+    thread, but makes the host wait for every collective. TORCH_NCCL_PROPAGATE_ERROR=1 has each rank ask one store ten
+    times a second, and every rank notices a timeout by itself anyway.
+    """
+    while True:
+        time.sleep(NCCL_POLL_S)
+        with _watching:
+            if not td.is_initialized():
+                return
+            error = nccl_error()
+        if error:
+            end_without_peer(RuntimeError(error))
+
+
+def nccl_error() -> str:
+    """Why NCCL has given up a collective of this rank; empty if it has not."""
+    cuda = torch.device("cuda")
+    for group in [td.group.WORLD, *_groups]:
+        backend = group._get_backend(cuda) if cuda in group._device_types else None
+        if backend is None or backend.name() != "nccl":
+            continue
+        name = backend.get_error().name
+        if name == "TIMEOUT":
+            return f"an NCCL collective took longer than the {_timeout.total_seconds():g} s that it may"
+        if name != "SUCCESS":
+            return f"an NCCL collective failed ({name}); NCCL's lines above say why"
+    return ""
+
+
+def end_without_peer(error: Exception) -> NoReturn:
+    """Ends this rank with one line, over an error for which another rank is the cause."""
+    _ending.acquire()
+    stood = watchdog.note_error(error)
+    watchdog.write_stacks()
+    print_error(f"{stood}, when it lost another rank, or waited for one too long: {in_short(error)}")
+    # torchrun takes the first to end for the cause, in whole seconds.
+    time.sleep(2)
+    end_now(1)
 
 
 def rank() -> int:
@@ -167,15 +228,12 @@ def run_main(main: Callable[[World], None], timeout_s: float = 600.0) -> NoRetur
         tell_torchrun(error)
         end_now(2)
     except Exception as error:  # noqa: BLE001 - shown; the clean-up of the interpreter could wait for others for ever
-        stood = watchdog.note_error(error)
         if world.world_size > 1 and lost_peer(error):
-            print_error(f"{stood}, when it lost another rank, or waited for one too long: {in_short(error)}")
-            # torchrun takes the first to end for the cause, in whole seconds.
-            time.sleep(2)
-        else:
-            traceback.print_exc()
-            print_error(stood)
-            tell_torchrun(error)
+            end_without_peer(error)
+        stood = watchdog.note_error(error)
+        traceback.print_exc()
+        print_error(stood)
+        tell_torchrun(error)
         end_now(1)
     shutdown()
     sys.exit(0)

@@ -44,6 +44,18 @@ def write_log(text: str) -> None:
                 stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
 
+def write_stacks() -> None:
+    """Appends the stacks of all threads to this rank's log."""
+    if _Stand.log is not None:
+        with suppress(OSError), _Stand.log.open("a", encoding="utf-8") as stream:
+            faulthandler.dump_traceback(stream)
+
+
+def set_rank(rank: int) -> None:
+    """The rank that lines name."""
+    _Stand.rank = rank
+
+
 def set_limit(seconds: float) -> None:
     """A rank that stands in one phase for so long says so."""
     _Stand.limit_s = seconds
@@ -76,9 +88,7 @@ def _watch(done: threading.Event) -> None:
             line = where()
             sys.stderr.write(f"reid_dist: slow: {line}\n")
             write_log(line)
-            if _Stand.log is not None:
-                with suppress(OSError), _Stand.log.open("a", encoding="utf-8") as stream:
-                    faulthandler.dump_traceback(stream)
+            write_stacks()
 
 
 def note_error(error: BaseException) -> str:
