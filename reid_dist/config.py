@@ -120,6 +120,8 @@ def merge(cfg: CfgNode, items: Iterable[tuple[str, Any]], where: str) -> list[st
             hint = f"did you mean {near[0]}?" if near else "reid_dist/keys.py has them all"
             errors.append(f"{key} {value!r}{where}: unknown key; {hint}")
             continue
+        if isinstance(value, bool) and "off" in CHOICES.get(key, ()):
+            value = "on" if value else "off"  # YAML reads on and off without quotes as true and false
         try:
             set_key(cfg, key, coerce(value, known[key]))
         except ValueError as error:
@@ -236,7 +238,7 @@ def check_config(cfg: CfgNode, world_size: int | None, cuda: bool) -> None:
             errors.append(f"{part} {name!r}: expected a name that can be a folder")
     if cfg.MODEL.CLASSIFIER_SHARDED and cfg.TRAIN.PRECISION == "fp16":
         # An overflow in one rank's rows would make that rank alone skip the step.
-        errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64")
+        errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, tf32, fp32 or fp64")
     if cfg.MODEL.CLASSIFIER_SHARDED and cfg.MODEL.HEAD != "simple":
         # The gather carries the pair loss's features, and the shards need them after the batch norm.
         errors.append(f"MODEL.CLASSIFIER_SHARDED True with MODEL.HEAD {cfg.MODEL.HEAD!r}: expected simple")
@@ -265,9 +267,12 @@ def resolve(cfg: CfgNode, cuda: bool) -> None:
 
 
 def changed_keys(saved: str, cfg: CfgNode) -> list[str]:
-    """'KEY saved -> now' for every key that defines the mathematics and differs from a checkpoint's config (YAML)."""
-    old, new = flatten(yaml.safe_load(saved)), flatten(cfg)
-    keys = [k for k in new if k not in FREE_ON_RESUME and k in old and old[k] != new[k]]
+    """'KEY saved -> now' for every key that defines the mathematics and differs from a checkpoint's config (YAML).
+
+    A key that the checkpoint's version did not have yet counts as the key's default.
+    """
+    old, new = flatten(_C) | flatten(yaml.safe_load(saved)), flatten(cfg)
+    keys = [k for k in new if k not in FREE_ON_RESUME and old[k] != new[k]]
     return [f"{k} {old[k]!r} -> {new[k]!r}" for k in keys]
 
 

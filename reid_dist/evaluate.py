@@ -25,12 +25,13 @@ from .details import add_activation_maps, evaluation_details
 from .evaluator import EvalResult, Features, evaluate_features, extract, ranked_lists, shard
 from .models import ReIDModel
 from .models.weights import fill, read_weights
+from .precision import AUTOCAST as HALF
+from .precision import fp32_products, set_determinism
 from .ranking import expansion, rerank
 from .ranking.further import Further, Names, Wanted, block_of, evaluate_further
 from .ranking.pair import Side, read_pair
 from .report import PageBuilder, Reporter, draw_ranked_lists, result_numbers, software, table
 from .share import once_per_node
-from .step import AUTOCAST as HALF
 from .summary import after_evaluation, device_name
 
 SHOWN_QUERIES = 12
@@ -41,6 +42,7 @@ SINGLE_SHOTS = 100
 
 def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     args, cfg = read_same_command(command_line(), argv, world, trains=False)
+    dist.agreed(set_determinism, cfg.TRAIN.DETERMINISTIC == "on", world.device)
     if args.features_query or args.features_gallery:
         dist.agreed(check_features_flags, args)
         evaluate_files(args.features_query, args.features_gallery, cfg, world)
@@ -58,6 +60,7 @@ def evaluate_file(path: str, flag: str, index: DatasetIndex, cfg: Any, world: di
     evaluate_once(model, index, cfg, world, notes, path)
 
 
+@fp32_products("fp32")  # rankings; `evaluate` extracts the features in TEST.PRECISION
 def evaluate_once(
     model: ReIDModel, index: DatasetIndex, cfg: Any, world: dist.World, notes: list[str], weights: str = ""
 ) -> None:  # all ranks
@@ -135,8 +138,9 @@ def evaluate(
     }
     images = np.concatenate(list(mine.values()))
     batches = test_batches(test.path, images, **how_images_are_made(cfg, world))
-    autocast, storage = HALF.get(cfg.TEST.PRECISION or cfg.TRAIN.PRECISION), HALF.get(cfg.TEST.FEATURE_DTYPE)
-    with reporter.counting("extract", len(images)) as progress:
+    precision = cfg.TEST.PRECISION or cfg.TRAIN.PRECISION
+    autocast, storage = HALF.get(precision), HALF.get(cfg.TEST.FEATURE_DTYPE)
+    with fp32_products(precision), reporter.counting("extract", len(images)) as progress:
         feats, rows = extract(model, batches, len(images), model.feature_dim, world.device, autocast, progress, storage)
 
     def part(split: Split, start: int) -> Features:
@@ -147,7 +151,8 @@ def evaluate(
         return Features(feats[here], pids, camids, rows[here] - start)
 
     query, gallery = part(test.query, 0), part(test.gallery, num_query)
-    return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
+    with fp32_products("fp32"):
+        return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
 
 
 def how_images_are_made(cfg: Any, world: dist.World) -> dict[str, Any]:
@@ -204,6 +209,7 @@ def check_features_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--weights {args.weights!r} with --features-query: expected one of them")
 
 
+@fp32_products("fp32")
 def evaluate_files(query_file: str, gallery_file: str, cfg: Any, world: dist.World) -> None:  # all ranks
     """Evaluates features that were made elsewhere; the table, and evaluation.json in OUTPUT/features/<query's name>."""
     pair = once_per_node(lambda: read_pair(query_file, gallery_file))

@@ -4,7 +4,8 @@ python -m reid_dist.extract --weights best.pt --images DIR --out feats.npz
 python -m reid_dist.extract --weights best.pt --images list.csv --out feats.parquet      # columns path, pid, camid
 torchrun --nproc_per_node=8 -m reid_dist.extract --weights best.pt --root DATA --split query --out q.npz
 
-The features are evaluation's: of each image and its mirror image, summed, not scaled to length 1.
+The features are evaluation's: of each image and its mirror image, summed, not scaled to length 1. The network computes
+in fp32, or in TEST.PRECISION where the command gives one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .evaluator import extract, shard
 from .feature_files import FeatureFile, check_ending, write_features
 from .inference import Facts, load_model
 from .models import ReIDModel
+from .precision import AUTOCAST, fp32_products
 
 SPLITS = ("train", "query", "gallery")
 SECONDS = 10  # between lines of progress where there is no terminal
@@ -87,8 +89,10 @@ def extract_share(network: ReIDModel, split: Split, cfg: Any, world: dist.World)
         split.path, mine, batch=batch, height=cfg.DATA.HEIGHT, width=cfg.DATA.WIDTH, device=world.device,
         dtype=torch.float32, pipeline=pipeline, decode_device=decode_device, num_workers=cfg.DATA.NUM_WORKERS,
     )  # fmt: skip
-    with counting("extract", len(mine), world.is_main) as progress:
-        feats, _ = extract(network, images, len(mine), network.feature_dim, world.device, progress=progress)
+    precision = cfg.TEST.PRECISION or cfg.TRAIN.PRECISION
+    autocast = AUTOCAST.get(precision)
+    with fp32_products(precision), counting("extract", len(mine), world.is_main) as progress:
+        feats, _ = extract(network, images, len(mine), network.feature_dim, world.device, autocast, progress)
     bad = torch.nonzero(~feats.isfinite().all(1))[:1].flatten().tolist()
     if bad:
         raise ValueError(f"image {split.path(int(mine[bad[0]]))}: its feature is not finite")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,11 @@ from .data.decode import UNREADABLE, as_rgb, decode, why
 from .data.finish import MEAN, STD, finish
 from .models import ReIDModel
 from .models.weights import fill, read_weight_file
+from .precision import AUTOCAST, fp32_products
 from .world import World
+
+# How fp32 is computed is a setting of the whole process: calls from several threads take turns.
+_turn = threading.Lock()
 
 ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
 
@@ -137,7 +142,8 @@ class FeatureExtractor:
     ):
         """weights, cfg, opts, ema: as `load_model` takes them. device: None is the GPU if there is one. batch_size:
         images the network takes at a time. flip: the sum of the features of each image and of its mirror image, as
-        evaluation does, for twice the time. Raises ValueError as `load_model` does.
+        evaluation does, for twice the time. The network computes in fp32, or in the TEST.PRECISION of `opts` or `cfg`:
+        tf32, bf16 or fp16. Raises ValueError as `load_model` does.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: expected at least 1")
@@ -152,15 +158,24 @@ class FeatureExtractor:
         images: a path, a PIL image, a numpy array (h, w, 3) or (B, h, w, 3), a tensor (3, h, w) or (B, 3, h, w), or a
         sequence of paths, PIL images, (h, w, 3) arrays and (3, h, w) tensors of any sizes; arrays and tensors uint8,
         RGB. They are resized and normalised here. Raises ValueError for an image that cannot be decoded, with its path,
-        and for other shapes and types: floating point has perhaps been normalised already.
+        and for other shapes and types: floating point has perhaps been normalised already. The process's settings of
+        torch are the same after a call as before.
         """
         feats = [torch.empty(0, self.facts.feature_dim, device=self.device)]
         for pixels in self._pixels(images):
             x = finish(pixels.to(self.device, non_blocking=True), None, torch.float32)
-            f = self.network(x)
-            feats.append(f + self.network(x.flip(3)) if self.flip else f)
+            f = self._forward(x)
+            feats.append(f + self._forward(x.flip(3)) if self.flip else f)
         whole = torch.cat(feats)
         return F.normalize(whole) if normalize else whole
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) normalised -> (n, D) float32, in the extractor's precision."""
+        precision = self.facts.cfg.TEST.PRECISION or self.facts.cfg.TRAIN.PRECISION
+        autocast = AUTOCAST.get(precision)
+        with _turn, fp32_products(precision):
+            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+                return self.network(x).float()
 
     def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[torch.Tensor]:
         """Batches of (n, H, W, 3) uint8."""

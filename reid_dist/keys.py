@@ -89,7 +89,12 @@ _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0  # epochs taken as done at the start of a fresh run
 _C.TRAIN.MAX_EPOCH = 60  # epochs of the run
 _C.TRAIN.MAX_STEPS = 0  # stop (and evaluate) after so many steps since the run's beginning; 0: no limit
-_C.TRAIN.PRECISION = "fp32"  # fp32 | bf16 | fp16 (autocast) | fp64
+# fp32 | tf32 (fp32 whose convolutions and matrix products round their factors to TF32 on a GPU; fp32 on a CPU) |
+# bf16 | fp16 (autocast) | fp64
+_C.TRAIN.PRECISION = "fp32"
+# on: every operation is deterministic, so that a resumed run equals a straight one to the bit on a GPU as well | off:
+# the fastest algorithms, as cuDNN times them
+_C.TRAIN.DETERMINISTIC = "on"
 _C.TRAIN.MICRO_BATCH = (
     0  # images a rank takes at a time, whole batch norm groups: less memory, the same numbers; 0: all
 )
@@ -124,7 +129,7 @@ _C.TEST.DISTANCE = "cosine"  # cosine | euclidean; also the triplet loss's dista
 _C.TEST.DATASETS = []  # data sets to evaluate on, a row each; the best checkpoint is chosen on the first; []: DATASET
 _C.TEST.EVAL_STEP = 5  # epochs between evaluations; <= 0: at the end only
 _C.TEST.START_EVAL = 0  # no evaluation up to this epoch
-_C.TEST.PRECISION = ""  # of the network's arithmetic at test: fp32 | bf16 | fp16 (autocast) | '': TRAIN.PRECISION
+_C.TEST.PRECISION = ""  # of the network's arithmetic at test: fp32 | tf32 | bf16 | fp16 | '': TRAIN.PRECISION
 _C.TEST.FEATURE_DTYPE = ""  # what test features are kept in: fp16 | bf16 (half the memory) | '': as they are computed
 # The rest of TEST is for evaluation as a command (evaluate, train --eval), each a row of the table or a block of
 # evaluation.json; docs/evaluation.md
@@ -185,15 +190,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "MODEL.IANET.VARIANT": ("released", "normalised"),
     "MODEL.HEAD": ("simple", "bnneck"),
     "MODEL.POOL": ("avg", "gem", "max+avg"),
-    "TRAIN.PRECISION": ("fp32", "bf16", "fp16", "fp64"),
     "TRAIN.COMPILE": ("off", "on"),
     "TRAIN.CUDA_GRAPH": ("off", "on"),
+    "TRAIN.PRECISION": ("fp32", "tf32", "bf16", "fp16", "fp64"),
+    "TRAIN.DETERMINISTIC": ("on", "off"),
     "TRAIN.OPTIMIZER.NAME": ("adam", "adamw", "sgd"),
     "TRAIN.LR_SCHEDULER.NAME": ("step", "cosine"),
     "TRAIN.ON_NAN": ("error", "skip"),
     "TEST.BEST_METRIC": ("rank1", "mAP"),
     "TEST.DISTANCE": ("cosine", "euclidean"),
-    "TEST.PRECISION": ("", "fp32", "bf16", "fp16"),
+    "TEST.PRECISION": ("", "fp32", "tf32", "bf16", "fp16"),
     "TEST.FEATURE_DTYPE": ("", "fp16", "bf16"),
     "TEST.EXPAND": ("off", "query", "both"),
     "LOSS.PAIR_DISTANCE": ("", "cosine", "euclidean"),

@@ -25,8 +25,7 @@ from .models.batch_norm import (
 from .models.half_weights import HalfWeights
 from .models.sharded import classifier_rows, complete, count_right
 from .optim import step_unless
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from .precision import AUTOCAST
 
 
 class Losses(NamedTuple):

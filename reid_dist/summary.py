@@ -44,6 +44,7 @@ def summary(
         f"{count(num_groups, 'group')}",
         f"network   {cfg.MODEL.NAME}, {millions:.1f} M parameters, {d.HEIGHT}x{d.WIDTH} pixels, {cfg.TRAIN.PRECISION} "
         f"on {device_name(world)}, images by {d.PIPELINE} ({d.DECODE_DEVICE})",
+        f"precision {arithmetic(cfg, world.device)}",
         f"run       {plan.num_steps} steps an epoch, {last_step} steps in all; written to {run_folder(cfg)}",
     ]
     if resumed:
@@ -52,6 +53,16 @@ def summary(
         lines.append("resume    the run is complete: nothing is left to train; a higher TRAIN.MAX_EPOCH goes on")
     lines += [f"note      {note}" for note in index.notes]
     return lines + [f"warning   {text}" for text in warnings(cfg, w, yaml_keys)]
+
+
+def arithmetic(cfg: Any, device: torch.device) -> str:
+    """What the network computes in, in training and at test, and whether the run is deterministic."""
+    train, test = cfg.TRAIN.PRECISION, cfg.TEST.PRECISION or cfg.TRAIN.PRECISION
+    text = train if train == test else f"{train}, {test} at test"
+    if "tf32" in (train, test) and device.type == "cpu":
+        text += " (tf32 is fp32 on a CPU)"
+    algorithms = "deterministic algorithms" if cfg.TRAIN.DETERMINISTIC == "on" else "fastest algorithms, not deterministic"
+    return f"{text}; {algorithms}"
 
 
 def warnings(cfg: Any, world_size: int, yaml_keys: dict[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ from .models import ReIDModel
 from .models.sharded import classifier_names, classifier_rows
 from .models.weights import load_pretrained
 from .optim import Schedule, build_optimizer, lr_at, parameter_groups, set_lr
+from .precision import fp32_products, set_determinism
 from .report import (
     PageBuilder,
     Reporter,
@@ -66,6 +67,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if not cfg.EVAL_MODE:
         preemption.listen()
     dist.agreed(check_restarts, cfg, dict(os.environ))
+    dist.agreed(set_determinism, cfg.TRAIN.DETERMINISTIC == "on", world.device)
     dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
     index = read_index(cfg, world, trains=not cfg.EVAL_MODE)
     if cfg.EVAL_MODE and cfg.MODEL.RESUME not in ("", "auto"):
@@ -112,7 +114,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     for line in [*notes, *about]:
         reporter.say(line)
     saver = Saver(cfg, world, {"config": cfg.dump(), "index": index.fingerprint()})
-    with watchdog.watching(world.rank, run_folder(cfg)):
+    with watchdog.watching(world.rank, run_folder(cfg)), fp32_products(cfg.TRAIN.PRECISION):
         done = fit(cfg, world, index, plan, objective, parts, state, reporter, saver)
     if not done:
         reporter.say(f"preempted after step {state.step}; the same command with --resume auto goes on from there")
@@ -197,6 +199,7 @@ def fit(
     return True
 
 
+@fp32_products("fp32")  # rankings; `evaluate` extracts the features in TEST.PRECISION
 def test(
     parts: Parts,
     index: DatasetIndex,

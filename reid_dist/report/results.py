@@ -84,7 +84,7 @@ def place(run: Run) -> tuple[str, str]:
 def differing(run: Run, wanted: Row) -> list[str]:
     """'KEY value, not value' for each key that defines the mathematics and is another than the row's."""
     usual = flatten(defaults()) | wanted.keys
-    ignored = {*FREE_ON_RESUME, *ROUNDING, "SEED", "DATA.DATASET"}.difference(PART_OF_THE_ROW)
+    ignored = {*FREE_ON_RESUME, *ROUNDING, "TRAIN.DETERMINISTIC", "SEED", "DATA.DATASET"}.difference(PART_OF_THE_ROW)
     return [
         f"{k} {run.config[k]!r}, not {v!r}"
         for k, v in usual.items()
@@ -133,6 +133,7 @@ def made_with(run: Run) -> list[str]:
     """What may differ between runs of a row and is noted."""
     weights = run.config.get("MODEL.PRETRAINED", "imagenet")
     values = [str(run.config[key]) for key in ROUNDING if run.config.get(key)]
+    values += ["not deterministic"] if run.config.get("TRAIN.DETERMINISTIC") == "off" else []
     return values if weights == "imagenet" else [*values, f"from {Path(weights).name or 'random weights'}"]
 
 
