@@ -173,9 +173,9 @@ class FeatureExtractor:
         """(n, 3, H, W) normalised -> (n, D) float32, in the extractor's precision."""
         precision = self.facts.cfg.TEST.PRECISION or self.facts.cfg.TRAIN.PRECISION
         autocast = AUTOCAST.get(precision)
-        with _turn, fp32_products(precision):
-            with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-                return self.network(x).float()
+        half = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
+        with _turn, fp32_products(precision), half:
+            return self.network(x).float()
 
     def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[torch.Tensor]:
         """Batches of (n, H, W, 3) uint8."""

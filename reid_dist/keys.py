@@ -89,11 +89,10 @@ _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0  # epochs taken as done at the start of a fresh run
 _C.TRAIN.MAX_EPOCH = 60  # epochs of the run
 _C.TRAIN.MAX_STEPS = 0  # stop (and evaluate) after so many steps since the run's beginning; 0: no limit
-# fp32 | tf32 (fp32 whose convolutions and matrix products round their factors to TF32 on a GPU; fp32 on a CPU) |
-# bf16 | fp16 (autocast) | fp64
+# fp32 (IEEE) | tf32 (fp32, but products of TF32 factors on a GPU) | bf16 | fp16 (autocast) | fp64; docs/distributed.md
 _C.TRAIN.PRECISION = "fp32"
-# on: every operation is deterministic, so that a resumed run equals a straight one to the bit on a GPU as well | off:
-# the fastest algorithms, as cuDNN times them
+# on: deterministic algorithms, so that a resumed run equals a straight one to the bit on a GPU as well | off: the
+# fastest algorithms, as cuDNN times them
 _C.TRAIN.DETERMINISTIC = "on"
 _C.TRAIN.MICRO_BATCH = (
     0  # images a rank takes at a time, whole batch norm groups: less memory, the same numbers; 0: all

@@ -1,13 +1,15 @@
 """Which arithmetic and which algorithms a process computes with: TRAIN.PRECISION, TEST.PRECISION, TRAIN.DETERMINISTIC.
 
-| precision | the network | products of fp32 matrices that it leaves in fp32 |
+| precision | the network | what of a step autocast would leave in fp32: distances, cosine classifiers, attention |
 |---|---|---|
-| fp64 | fp64 | none |
-| fp32 | fp32 | IEEE fp32 |
-| tf32 | fp32, whose products round their factors to TF32's 10 bits | TF32 (IEEE fp32 on a CPU) |
-| bf16, fp16 | autocast | IEEE fp32: the losses, cosine classifiers and GeM are kept in fp32 for its digits |
+| fp64 | fp64 | fp64 |
+| fp32 | IEEE fp32 | IEEE fp32 |
+| tf32 | fp32, but products round their factors to TF32's 10 bits (on a CPU they do not) | the same |
+| bf16, fp16 | autocast | IEEE fp32: it was left in fp32 because it needs its digits or its range |
 
-A product is a convolution or a matrix product. Rankings are computed in IEEE fp32 whatever the network was computed in.
+A product is a convolution or a matrix product, forward or backward. Rankings, of features of any precision, are in IEEE
+fp32, or in fp64. Determinism holds for `train` and `evaluate`. Extraction, which only runs a network forward with the
+algorithms that cuDNN chooses by shape, leaves that setting alone.
 
 The settings are torch's, and the whole process's. Of torch's two interfaces to TF32 only `fp32_precision` is used here:
 it alone can be read and restored whatever other code in the process has set. (`allow_tf32` raises when it is read after
@@ -26,10 +28,11 @@ import torch
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A setting that is "none" reads as its parent's: parents are set to "none" first, so that what is read is a setting's
-# own value and can be restored.
-_PARENTS: tuple[Any, ...] = (torch.backends, torch.backends.cudnn, torch.backends.mkldnn)
-_ON_GPU: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-_ON_CPU: tuple[Any, ...] = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+# own value and can be restored. (torch.backends.mkldnn has no value of its own: setting it sets torch.backends'.)
+_backends: Any = torch.backends
+_PARENTS = (_backends, _backends.cudnn)
+_ON_GPU = (_backends.cudnn.conv, _backends.cuda.matmul)
+_ON_CPU = (_backends.mkldnn.conv, _backends.mkldnn.matmul)
 
 # The values with which cuBLAS is deterministic, of which torch accepts no others.
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
@@ -76,5 +79,5 @@ def set_determinism(on: bool, device: torch.device) -> None:
     # compiled needs that one: it makes the compiler deterministic as well.
     torch.set_deterministic_debug_mode("error" if on else "default")
     # Else every `empty` is filled with NaN, one more kernel each.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not on

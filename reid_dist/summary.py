@@ -61,8 +61,8 @@ def arithmetic(cfg: Any, device: torch.device) -> str:
     text = train if train == test else f"{train}, {test} at test"
     if "tf32" in (train, test) and device.type == "cpu":
         text += " (tf32 is fp32 on a CPU)"
-    algorithms = "deterministic algorithms" if cfg.TRAIN.DETERMINISTIC == "on" else "fastest algorithms, not deterministic"
-    return f"{text}; {algorithms}"
+    algorithms = {"on": "deterministic algorithms", "off": "fastest algorithms, not deterministic"}
+    return f"{text}; {algorithms[cfg.TRAIN.DETERMINISTIC]}"
 
 
 def warnings(cfg: Any, world_size: int, yaml_keys: dict[str, Any]) -> list[str]:
