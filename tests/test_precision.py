@@ -264,14 +264,15 @@ def test_extraction_to_a_file_takes_the_precision_of_a_test(trained, pedestrians
 
 
 @pytest.mark.ranks
-def test_on_a_cpu_tf32_is_fp32_to_the_bit(pedestrians, tmp_path):
-    for name in ("fp32", "tf32"):
-        text = f"{SMALL} {TINY} TRAIN.PRECISION {name} TRAIN.MAX_STEPS 3"
-        run(2, pedestrians, tmp_path / name, text)
-    assert same_state(newest(tmp_path / "fp32"), newest(tmp_path / "tf32"))
-    values = [[e for e in read_events(tmp_path / name) if e["event"] == "eval"] for name in ("fp32", "tf32")]
-    timeless = [[{k: v for k, v in e.items() if k != "seconds"} for e in events] for events in values]
-    assert timeless[0] and timeless[0] == timeless[1]
+@pytest.mark.parametrize("change", ["TRAIN.PRECISION tf32", "TRAIN.DETERMINISTIC off"])
+def test_on_a_cpu_neither_tf32_nor_determinism_changes_a_bit(pedestrians, tmp_path, change):
+    evals = []
+    for name, more in (("plain", ""), ("changed", change)):
+        run(2, pedestrians, tmp_path / name, f"{FP32} LOSS.CENTER 0.1 TRAIN.MAX_STEPS 2 {more}")
+        found = [e for e in read_events(tmp_path / name) if e["event"] == "eval"]
+        evals.append([{k: v for k, v in e.items() if k != "seconds"} for e in found])
+    assert same_state(newest(tmp_path / "plain"), newest(tmp_path / "changed"))
+    assert evals[0] and evals[0] == evals[1]
 
 
 # ---------------------------------------------------------------- the config and a resume
