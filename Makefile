@@ -1,10 +1,10 @@
-# make demo, make test, make lint, make docs: each sets up .venv first where it is missing.
+# make demo, make test, make test-gpu, make lint, make docs: each sets up .venv first where it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-gpu lint format docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+
+# On this machine's GPU, one after the other; without one they are counted as not run.
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest tests/gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,20 +3,24 @@
     python benchmarks/data.py
     python benchmarks/data.py --root DATA      # with real files, in Market-1501's layout, for the first table
 
+Images go to `--device`, the GPU if there is one: there DALI decodes on the GPU as well, in rows of its own. Timings
+start and end with nothing queued on the device.
+
 `--workers` threads or processes, all cores by default. In each of `--rounds` rounds every way is started afresh,
 brought into its stride, and measured over the same number of images, so that what else the machine does meets all of
 them; ratios are medians of the paired ratios, with the least and the greatest. CPU seconds are those of this process
 and its workers over the measured stretch, from /proc.
 
 The DataLoader delivers what the original trains on: float batches, augmented, normalised and erased. This pipeline
-leaves everything after the crop to `finish`, on the device that trains: on a GPU that takes no CPU time. The rows
-"finished here" add it on this CPU, for the like of the DataLoader's product. All files are read once before.
+leaves everything after the crop to `finish`, on the device that trains. The rows
+"finished here" add it on that device, for the like of the DataLoader's product. All files are read once before.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 import random
 import statistics
@@ -30,17 +34,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from devices import add_device_flag, choose_device, describe, synchronize
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from reid_dist.data import cache, synthetic
 from reid_dist.data.finish import ERASED, MEAN, STD, finish
+from reid_dist.data.photometric import to_device
 from reid_dist.data.pipeline import Request, open_images
 from reid_dist.data.plan import EpochPlan
 
 HEIGHT, WIDTH = 256, 128
-CPU = torch.device("cpu")
 BASELINE = "DataLoader + PIL, float"
 
 
@@ -61,11 +66,14 @@ def main() -> None:
     p.add_argument("--images", type=int, default=1024, help="measured in each round")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    add_device_flag(p)
     p.add_argument("--sets", default="64x128,120x300,crops of 1080p", help="which tables, by their names")
     args = p.parse_args()
+    args.device = choose_device(args.device)
     torch.set_num_threads(1)
     print(
-        f"{args.workers} workers, batch {args.batch}, {args.rounds} rounds of {args.images} images to {HEIGHT}x{WIDTH}"
+        f"{args.workers} workers, batch {args.batch}, {args.rounds} rounds of {args.images} images to "
+        f"{HEIGHT}x{WIDTH}, to {describe(args.device)}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for files in image_sets(Path(folder), args.root, args.sets.split(",")):
@@ -78,28 +86,30 @@ def compare(files: Files, args: argparse.Namespace) -> None:
         Path(path).read_bytes()
     size = statistics.mean(Path(f).stat().st_size for f in files.paths)
     print(f"\n{files.name}: {len(files.paths)} files of {size / 1e3:.1f} kB")
-    ways = ways_of(files.paths, args.workers, args.batch)
+    ways = ways_of(files.paths, args.workers, args.batch, args.device)
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for number in range(args.rounds):
         for name, open_stream in list(ways.items()) if number % 2 else list(ways.items())[::-1]:
-            costs[name].append(measure(open_stream, args.images // args.batch, args.batch))
-    print(f"{'':30}{'images/s':>12}{'CPU s / 1,000':>16}{'times the DataLoader for a CPU second':>42}")
+            costs[name].append(measure(open_stream, args.images // args.batch, args.batch, args.device))
+    print(f"{'':40}{'images/s':>12}{'CPU s / 1,000':>16}{'times the DataLoader for a CPU second':>42}")
     for name, found in costs.items():
         speed = statistics.median(c.images_per_s for c in found)
         cpu = statistics.median(c.cpu_ms for c in found)
         ratios = [b.cpu_ms / c.cpu_ms for b, c in zip(costs[BASELINE], found, strict=True)]
         ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-        print(f"{name:30}{speed:12,.0f}{cpu:16.3f}{ratio:>42}")
+        print(f"{name:40}{speed:12,.0f}{cpu:16.3f}{ratio:>42}")
 
 
-def measure(open_stream: Any, steps: int, batch: int) -> Cost:
+def measure(open_stream: Any, steps: int, batch: int, device: torch.device) -> Cost:
     """A fresh stream, from its stride on: what is prepared ahead at the start of the stretch is so at its end."""
     with closing(open_stream()) as stream:
         for _ in range(8):
             next(stream)
+        synchronize(device)
         began, cpu = time.perf_counter(), cpu_seconds()
         for _ in range(steps):
             next(stream)
+        synchronize(device)
         seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     return Cost(steps * batch / seconds, 1e3 * cpu / (steps * batch))
 
@@ -122,17 +132,17 @@ def cpu_seconds() -> float:
 # --- the ways ---------------------------------------------------------------------------------------------------------
 
 
-def ways_of(paths: list[str], workers: int, batch: int) -> dict[str, Any]:
+def ways_of(paths: list[str], workers: int, batch: int, device: torch.device) -> dict[str, Any]:
     """Name -> a function that starts an endless stream of batches."""
     plan = EpochPlan(
         np.arange(len(paths)) // 4, batch=batch, num_instances=4, sampler="chunk", seed=0, height=HEIGHT, width=WIDTH
     )
-    how = {"decode_device": "cpu", "num_workers": workers, "device": CPU}
     path_of = functools.partial(list.__getitem__, paths)
     sizes = [(HEIGHT, WIDTH), (288, 144)]
     caches: dict[str, Any] = {"off": None}
 
-    def ours(pipeline: str, kind: str = "off", finished: bool = False) -> Any:
+    def ours(pipeline: str, kind: str = "off", finished: bool = False, decode_device: str = "cpu") -> Any:
+        how = {"decode_device": decode_device, "num_workers": workers, "device": device}
         if kind not in caches:
             fill = functools.partial(open_images, path_of=path_of, pipeline="dali", **how)
             caches[kind], said = cache.build_cache(kind, 100.0, path_of, len(paths), sizes, fill)
@@ -140,19 +150,24 @@ def ways_of(paths: list[str], workers: int, batch: int) -> dict[str, Any]:
         made = caches[kind]
         return functools.partial(stream_of, plan, path_of, made, finished, how | {"pipeline": pipeline, "batch": batch})
 
-    return {
-        BASELINE: functools.partial(original, plan, paths, workers),
-        "dali": ours("dali"),
-        "dali, finished here": ours("dali", finished=True),
-        "dali, cache encoded": ours("dali", "encoded"),
-        "cache resized": ours("dali", "resized"),
-        "cache resized, finished here": ours("dali", "resized", finished=True),
-        "torch": ours("torch"),
-    }
+    ways = {BASELINE: functools.partial(original, plan, paths, workers, device)}
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        ways |= {"dali": ours("dali"), "dali, finished here": ours("dali", finished=True)}
+        if device.type == "cuda":
+            ways["dali, decoded on the GPU"] = ours("dali", decode_device="gpu")
+            ways["dali, decoded on the GPU, finished here"] = ours("dali", decode_device="gpu", finished=True)
+        ways |= {
+            "dali, cache encoded": ours("dali", "encoded"),
+            "cache resized": ours("dali", "resized"),
+            "cache resized, finished here": ours("dali", "resized", finished=True),
+        }
+    else:
+        print("    DALI cannot be imported: its rows and those of the caches that it fills are left out")
+    return ways | {"torch": ours("torch")}
 
 
 def stream_of(plan: EpochPlan, path_of: Any, made: Any, finished: bool, how: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """Batches as `TrainLoader` has them, left as uint8 or finished."""
+    """Batches on the device as `TrainLoader` has them, left as uint8 or finished."""
     drawn = []
 
     def requests() -> Iterator[Request]:
@@ -165,21 +180,24 @@ def stream_of(plan: EpochPlan, path_of: Any, made: Any, finished: bool, how: dic
     with open_images(requests(), path_of, height=HEIGHT, width=WIDTH, cache=made, **how) as stream:
         for images in stream:
             augmentation = drawn.pop(0)
+            images = to_device(images, how["device"])
             yield finish(images, augmentation, torch.float32) if finished else images
 
 
-def original(plan: EpochPlan, paths: list[str], workers: int) -> Iterator[torch.Tensor]:
-    """Simple-ReID's way: an image at a time in worker processes."""
+def original(plan: EpochPlan, paths: list[str], workers: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Simple-ReID's way: an image at a time in worker processes; from pinned memory to a GPU."""
 
     def batches() -> Iterator[list[int]]:
         for epoch in range(1, 10**6):
             for step in range(plan.num_steps):
                 yield plan.step(epoch, step).indices.tolist()
 
-    loader = DataLoader(OriginalImages(paths), batch_sampler=Endless(batches()), num_workers=workers)
+    pin = device.type == "cuda"
+    loader = DataLoader(OriginalImages(paths), batch_sampler=Endless(batches()), num_workers=workers, pin_memory=pin)
     iterator: Any = iter(loader)
     try:
-        yield from iterator
+        for images in iterator:
+            yield images.to(device, non_blocking=True)
     finally:
         iterator._shutdown_workers()
 

@@ -8,6 +8,9 @@ a query's farthest match; good ones are drawn around a centre per identity. Each
 evaluation one after the other, so that what else the machine does meets both; ratios are medians of the paired ratios.
 CPU seconds (all threads) suffer less from a busy machine than wall seconds do.
 
+Features lie on `--device`, the GPU if there is one: product and evaluation run there, each from nothing queued to
+nothing queued, and the extra memory is that of the GPU. The slow ways always run on the CPU, on a copy.
+
 The slow ways rank evenly chosen queries, --sample of them; that time is scaled up to all queries and the product's is
 added. "argsort" is what Simple-ReID does: the matrix, numpy's argsort of its rows, loops over the hits. No well-kept
 library knows the camera rule; "scikit-learn" is average_precision_score, the step rule too, of every query after its
@@ -29,6 +32,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from devices import add_device_flag, choose_device, describe, synchronize
 
 from reid_dist.evaluator import Features, evaluate_features
 from reid_dist.ranking.positions import TILE_BYTES
@@ -77,9 +81,13 @@ def torch_product(query: Features, gallery: Features) -> None:
 def in_tiles(query: Features, gallery: Features, product: Callable[..., object]) -> None:
     chunk = max(1, TILE_BYTES // (len(gallery.feats) * 4))
     parts = query.feats.tensor_split(-(-len(query.feats) // chunk))
-    tile = torch.empty(len(parts[0]), len(gallery.feats))
+    tile = torch.empty(len(parts[0]), len(gallery.feats), device=gallery.feats.device)
     for feats in parts:
         product(feats, gallery.feats, tile[: len(feats)])
+
+
+def moved(rows: Features, device: torch.device) -> Features:
+    return Features(*(t.to(device) for t in (rows.feats, rows.pids, rows.camids, rows.indices)))
 
 
 def sample_of(query: Features, num: int) -> Features:
@@ -119,14 +127,19 @@ def with_sklearn(distances: np.ndarray, query: Features, gallery: Features) -> f
     return float(np.mean(aps))
 
 
-def seconds(call: Callable[..., object], *args: object) -> tuple[float, float]:
-    """(wall, CPU) seconds of one call."""
+def seconds(device: torch.device, call: Callable[..., object], *args: object) -> tuple[float, float]:
+    """(wall, CPU) seconds of one call, with nothing queued on the device before and after."""
+    synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call(*args)
+    synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def peak_mib() -> float:
+def peak_mib(device: torch.device) -> float:
+    """The most memory so far: of the GPU's, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -140,6 +153,7 @@ def main() -> None:
     p.add_argument("--features", choices=("random", "good"), default=None, help="default: both, each in a process")
     p.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
     p.add_argument("--threads", type=int, default=2)
+    add_device_flag(p)
     p.add_argument(
         "--repeats", type=int, default=None, help="default: " + ", ".join(f"{k} {v}" for k, v in REPEATS.items())
     )
@@ -152,21 +166,23 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--features", kind], check=True, env=environment)
         return
 
+    device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     repeats = args.repeats or REPEATS[args.size]
-    query, gallery = draw(args.size, args.features)
-    evaluate_features(*draw("small", "good"))  # imports and threads
+    evaluate_features(*(moved(side, device) for side in draw("small", "good")))  # imports, threads and kernels
+    query, gallery = (moved(side, device) for side in draw(args.size, args.features))
     pairs, extra, found = [], 0.0, []
     for _ in range(repeats):
-        bare, before = seconds(bare_product, query, gallery), peak_mib()
-        whole = seconds(lambda: found.append(evaluate_features(query, gallery, args.metric)))
+        bare, before = seconds(device, bare_product, query, gallery), peak_mib(device)
+        whole = seconds(device, lambda: found.append(evaluate_features(query, gallery, args.metric)))
         pairs.append((bare, whole))
-        extra = extra or peak_mib() - before
+        extra = extra or peak_mib(device) - before
     result = found[0]
     print(
         f"size {args.size} ({len(query.feats)} x {len(gallery.feats)} x {WIDTH}), features {args.features}, "
         f"{args.metric}, float32, mAP {result.mAP:.3f}, rank1 {result.rank1:.3f}\n"
-        f"torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}, {args.threads} threads, "
+        f"{describe(device)}, torch {torch.__version__}, numpy {np.__version__}, {platform.machine()}, "
+        f"{args.threads} threads, "
         f"n = {repeats}; median (smallest to largest)"
     )
     for clock, name in enumerate(("wall", "CPU")):
@@ -176,7 +192,8 @@ def main() -> None:
         print(f"  ratio,               {name:4}   {spread([b / a for a, b in zip(bare, whole, strict=True)])}")
     print(f"  extra peak memory, MiB {extra:10.0f}  (over the features and one tile, which the product had too)")
     floor = [statistics.median(bare[clock] for bare, _ in pairs) for clock in (0, 1)]
-    rows = [("product by torch.mm", seconds(torch_product, query, gallery), "")]
+    rows = [("product by torch.mm", seconds(device, torch_product, query, gallery), "")]
+    query, gallery = (moved(side, torch.device("cpu")) for side in (query, gallery))
     part = sample_of(query, args.sample)
     distances = cosine_distances(part, gallery)
     for name, call in (("argsort", with_argsort), ("scikit-learn", with_sklearn)):
@@ -184,7 +201,7 @@ def main() -> None:
             continue
         call(distances[:2], part.take(torch.arange(2)), gallery)  # imports
         scale = len(query.feats) / len(part.feats)
-        times = [f + scale * t for f, t in zip(floor, seconds(call, distances, part, gallery), strict=True)]
+        times = [f + scale * t for f, t in zip(floor, seconds(device, call, distances, part, gallery), strict=True)]
         rows.append((name, tuple(times), f", from {len(part.feats)} queries"))
     for name, (wall, cpu), note in rows:
         ratios = f"{wall / floor[0]:.2f} and {cpu / floor[1]:.2f} times the bare product"

@@ -91,9 +91,7 @@ def test_reranking(device, metric):
 def test_expansion(device, metric, gallery):
     case = clustered(20, 150, 6, 12, 3, 1, metric=metric)
     settings = expansion.Settings(5, 3.0, gallery)
-    wanted, found = (
-        expansion.expand(*sides(case, place), metric, settings) for place in (torch.device("cpu"), device)
-    )
+    wanted, found = (expansion.expand(*sides(case, place), metric, settings) for place in (torch.device("cpu"), device))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.feats.cpu(), b.feats, rtol=1e-10, atol=1e-10)
     plain = sides(case, device)

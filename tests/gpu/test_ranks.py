@@ -19,20 +19,21 @@ pytest.importorskip("yacs", reason="yacs is not installed: it is part of the kit
 from reid_dist.world import World
 from tests.gpu.parts import alone, state_of, steps, trainer
 
+ROOT = Path(__file__).parents[2]
 needs_gpu = pytest.mark.ranks(needs="a CUDA device")
 
 
 def run_job(job, num_ranks, folder, seconds=100):
     """[what the job returned on rank 0, on rank 1, ...], each a process on the first GPU."""
-    world = {"WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": num_ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     # The machine's name need not lead to an address.
     network = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     files = [Path(folder) / f"{job}{r}.pt" for r in range(num_ranks)]
     started = []
     for r, file in enumerate(files):
         command = [sys.executable, "-m", "tests.gpu.rank", job, str(file)]
-        env = {**os.environ, **world, **network, "RANK": str(r), "PYTHONFAULTHANDLER": "1"}
-        started.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True))
+        env = os.environ | network | {name: str(value) for name, value in (world | {"RANK": r}).items()}
+        started.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
     deadline, errors = time.monotonic() + seconds, []
     for process in started:
         try:

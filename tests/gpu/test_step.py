@@ -1,4 +1,4 @@
-"""A training step on the device: nothing waits, a non-finite gradient is left out, the bits repeat, a resume goes on."""
+"""A training step on the device: nothing waits, a non-finite gradient is skipped, bits repeat, also after a resume."""
 
 import math
 import subprocess
@@ -19,9 +19,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 NETWORKS = [name for name in MODELS if name != "plain"]  # that one is a test's
 
 
-def large(device, precision):
-    """ResNet-50, where it does not take minutes."""
-    return "tiny" if (device.type, precision) == ("cpu", "fp16") else "resnet50"
+def large(device):
+    """ResNet-50, where a few steps of it do not take minutes."""
+    return "resnet50" if device.type == "cuda" else "tiny"
 
 
 def digest(t):
@@ -53,7 +53,7 @@ def test_waiting_is_seen(device, no_waiting):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_resnet50_step_waits_for_nothing(device, precision, no_waiting):
-    t = trainer(alone(device), f"TRAIN.PRECISION {precision}", large(device, precision))
+    t = trainer(alone(device), f"TRAIN.PRECISION {precision}", large(device))
     steps(t, alone(device), 0, 1)
     images, pids = batch(t.cfg, alone(device), 1)
     with no_waiting(device):
@@ -89,7 +89,7 @@ def test_a_step_is_the_cpus(device):
         assert a == pytest.approx(b, abs=1e-9)
     a, b = (state_of(t)["model"] for t in trainers)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        assert a[name].double().sub(b[name]).abs().max() < 1e-7, name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -103,7 +103,9 @@ def test_half_and_single_precision_are_near_fp64(device, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_three_steps_of_resnet50_repeat_bitwise(device, precision):
     with deterministic():
-        runs = [trainer(alone(device), f"TRAIN.PRECISION {precision} LOSS.CENTER 0.01", "resnet50") for _ in range(2)]
+        runs = [
+            trainer(alone(device), f"TRAIN.PRECISION {precision} LOSS.CENTER 0.01", large(device)) for _ in range(2)
+        ]
         losses = [steps(t, alone(device), 0, 3) for t in runs]
     assert losses[0] == losses[1] and digest(runs[0]) == digest(runs[1])
     assert losses[0][2] != losses[0][0]
@@ -111,7 +113,7 @@ def test_three_steps_of_resnet50_repeat_bitwise(device, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_resumed_run_is_bitwise_the_straight_one(device, precision, tmp_path):
-    new = partial(trainer, alone(device), f"TRAIN.PRECISION {precision}", large(device, precision))
+    new = partial(trainer, alone(device), f"TRAIN.PRECISION {precision}", large(device))
     with deterministic():
         straight, cut, resumed = new(), new(), new()
         losses = steps(straight, alone(device), 0, 5)
@@ -132,7 +134,7 @@ def test_every_network_has_deterministic_operations(device, network):
         assert math.isfinite(steps(t, alone(device), 0, 1)[0]["loss"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)
 def test_the_command_goes_on_bitwise(device, pedestrians, tmp_path):
     """`python -m reid_dist.train` straight and resumed, from JPEGs to the checkpoint, on the device that it picks."""
     from tests.runs import SMALL, TINY, arguments, newest, read_events, same_state
@@ -141,7 +143,7 @@ def test_the_command_goes_on_bitwise(device, pedestrians, tmp_path):
     for folder, last, more in (("a", 6, ""), ("b", 4, ""), ("b", 6, "MODEL.RESUME auto")):
         words = arguments(pedestrians, tmp_path / folder, f"{text} TRAIN.MAX_STEPS {last} {more}")
         command = [sys.executable, "-m", "reid_dist.train", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"on {'cpu' if device.type == 'cpu' else torch.cuda.get_device_name(device)}" in done.stdout
     assert same_state(newest(tmp_path / "a"), newest(tmp_path / "b"))
