@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as tv
 
+from reid_dist.data import finish as finishing
 from reid_dist.data import photometric
 from reid_dist.data.augment import CODES, IMAGENET_POLICY, OPS, Augment, Augmentation, draw, sizes
 from reid_dist.data.finish import ERASED, MEAN, STD, finish, noise, splitmix64
@@ -214,6 +216,57 @@ def test_flip_is_exact(images):
     found = finish(images, plain(len(images), flip=flip), torch.float32)
     expected = finish(images, None, torch.float32)
     assert torch.equal(found[::2], expected[::2].flip(3)) and torch.equal(found[1::2], expected[1::2])
+
+
+VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "slice", "select", "expand", "unsqueeze"}
+VIEWS |= {"transpose", "t", "alias", "detach", "unbind", "split", "as_strided", "lift", "lift_fresh"}
+VIEWS |= {"empty", "empty_like", "new_empty", "empty_strided"}  # allocations
+
+
+class Counted(TorchDispatchMode):
+    """The names of the ATen operations that run in the calling thread, without views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.names += [name] if name not in VIEWS else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("augment", "most"), [(Augment(), 9), (Augment(re_prob=0), 7)])
+def test_finishing_takes_few_operations(images, augment, most, monkeypatch):
+    """The host issues each to a GPU. There the copy of the parameters is one more, which a CPU does not make."""
+    copies = []
+
+    def counted(function):
+        return lambda tensor, device: copies.append(1) or function(tensor, device)
+
+    monkeypatch.setattr(finishing, "send", counted(finishing.send))
+    monkeypatch.setattr(finishing, "to_device", counted(finishing.to_device))
+    a = drawn(augment, len(images))
+    assert a.flip.any() and a.erase.any() == (augment.re_prob > 0)
+    finish(images, a, torch.float32)  # makes its constants
+    copies.clear()
+    with Counted() as counting:
+        finish(images, a, torch.float32)
+    assert len(copies) == 1 and len(counting.names) + len(copies) <= most, counting.names
+
+
+def test_send_gives_the_same_arrays():
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.random((3, 2)) < 0.5,
+        rng.integers(0, 256, (5, 3), dtype=np.uint8)[:, ::2],
+        rng.integers(-9, 9, 7),
+        np.zeros((0, 4), np.float32),
+        rng.random((2, 3, 5)).astype(np.float32),
+    ]
+    sent = photometric.send(arrays, torch.device("cpu"))
+    for tensor, array in zip(sent, arrays, strict=True):
+        assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
 
 
 def test_padding_crop_is_torchvisions(images):

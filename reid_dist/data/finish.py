@@ -12,7 +12,7 @@ import torch
 
 from . import photometric
 from .augment import Augmentation
-from .photometric import to_device
+from .photometric import send, to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -31,46 +31,68 @@ def finish(
     that is the dtype, else in float32.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    if augmentation is not None:
-        images = _augmented(images, augmentation)
+    a = augmentation
+    erases = a is not None and bool(a.erase.any())
+    if a is not None:
+        # One copy for all that the default augmentation needs to know about each image.
+        flip, *sides = send([a.flip, *(_sides(a.erase, images) if erases else ())], images.device)
+        images = _augmented(images, a, flip)
     n, h, w, c = images.shape
     # Rows of 3 w values: over rows of pixels of 3 a CPU takes three times as long.
-    mean, std, erased = _constants(w, images.device, compute)
+    mean, std, erased, zero = _constants(w, images.device, compute)
     out = images.reshape(n, h, w * c).to(compute).div_(255).sub_(mean).div_(std)
-    if augmentation is not None and augmentation.erase.any():
-        fill = erased if re_fill == "constant" else torch.zeros_like(erased)
+    if a is not None and erases:
+        fill = erased if re_fill == "constant" else zero
         if re_fill == "noise":
-            rows = np.flatnonzero(augmentation.erase[:, 2])
+            rows = np.flatnonzero(a.erase[:, 2])
             fill = torch.zeros_like(out)
-            fill[to_device(torch.from_numpy(rows), images.device)] = noise(augmentation.noise[rows], out[: len(rows)])
-        out = torch.where(_inside(augmentation.erase, images), fill, out)
+            fill[to_device(torch.from_numpy(rows), images.device)] = noise(a.noise[rows], out[: len(rows)])
+        # In place: new memory for the result would cost a CPU a third more.
+        torch.where(_inside(*sides), fill, out, out=out)
     return out.reshape(n, h, w, c).permute(0, 3, 1, 2).to(dtype)
 
 
-def _augmented(images: torch.Tensor, a: Augmentation) -> torch.Tensor:
+def _augmented(images: torch.Tensor, a: Augmentation, flip: torch.Tensor) -> torch.Tensor:
     if a.flip.any():
-        rows = to_device(torch.from_numpy(np.flatnonzero(a.flip)), images.device)
-        flipped = images.index_select(0, rows).flip(2)
-        images = images.clone()
-        images[rows] = flipped
+        images = _flipped(images, flip)
     if a.shift.any():
         images = _shifted(images, a.shift)
     if a.ops.any():
         images = photometric.apply(images, a.ops, a.magnitudes)
     if a.grey.any():
         grey = photometric.grey_of(images).to(torch.uint8).expand_as(images)
-        images = torch.where(_inside(a.grey, images).view(images.shape), grey, images)
+        inside = _inside(*send(_sides(a.grey, images), images.device))
+        images = torch.where(inside.view(images.shape), grey, images)
     return images
 
 
-def _inside(boxes: np.ndarray, images: torch.Tensor) -> torch.Tensor:
-    """(n, H, 3 W) bool: the values of the pixels within boxes (n, 4) y, x, h, w."""
-    y, x, h, w = to_device(torch.from_numpy(boxes.astype(np.int64)), images.device)[:, :, None].unbind(1)
-    rows = torch.arange(images.shape[1], device=images.device)
-    columns = torch.arange(3 * images.shape[2], device=images.device) // 3
-    in_rows, in_columns = (rows >= y) & (rows < y + h), (columns >= x) & (columns < x + w)
+def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Mirrors the images for which flip (n,) bool holds.
+
+    Each value is read from its place: writing the mirrored ones over a copy would be an indexed write, which takes a
+    GPU a sort where deterministic algorithms are asked for.
+    """
+    n, h, w, c = images.shape
+    straight, mirrored = _places(w, images.device)
+    places = torch.where(flip[:, None, None], mirrored, straight).expand(-1, h, -1)
+    return images.reshape(n, h, w * c).gather(2, places).reshape(n, h, w, c)
+
+
+def _sides(boxes: np.ndarray, images: torch.Tensor) -> list[np.ndarray]:
+    """(n, H) and (n, 3 W) uint8: 1 for the rows, and for the values of a row, that boxes (n, 4) y, x, h, w cover.
+
+    Made on the host: a few microseconds there, a dozen operations on the device.
+    """
+    y, x, h, w = boxes.T[:, :, None]
+    rows, columns = np.arange(images.shape[1]), np.arange(images.shape[2]).repeat(3)
+    inside = [(rows >= y) & (rows < y + h), (columns >= x) & (columns < x + w)]
+    return [side.view(np.uint8) for side in inside]
+
+
+def _inside(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(n, H, 3 W) bool: the values within the boxes of which these are the `_sides`."""
     # As a product of bytes: `and` of broadcast bools is not vectorised on a CPU, and takes 15 times as long.
-    return (in_rows.to(torch.uint8)[:, :, None] * in_columns.to(torch.uint8)[:, None, :]).view(torch.bool)
+    return (rows[:, :, None] * columns[:, None, :]).view(torch.bool)
 
 
 def _shifted(images: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
@@ -118,7 +140,14 @@ def _signed(word: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _constants(width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each of length 3 width. Kept on the device: a copy from the host at each step would wait for the GPU."""
-    mean, std, erased = torch.tensor([MEAN, STD, ERASED], dtype=dtype, device=device).repeat(1, width)
-    return mean, std, erased
+def _constants(width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """MEAN, STD, ERASED and 0, each of length 3 width. Kept on the device: a copy from the host at each step would wait
+    for the GPU."""
+    return tuple(torch.tensor([MEAN, STD, ERASED, (0, 0, 0)], dtype=dtype, device=device).repeat(1, width))
+
+
+@lru_cache(maxsize=8)
+def _places(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(3 width,) int64: the places of a row's values, and those of its mirror image."""
+    straight = torch.arange(3 * width, device=device)
+    return straight, straight.reshape(width, 3).flip(0).reshape(-1)
