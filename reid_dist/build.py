@@ -175,6 +175,8 @@ def build_loader(
         len(index.train),
         sizes(plan.augment, plan.height, plan.width),
         functools.partial(open_images, path_of=index.train.path, **how),
+        world.device,
+        cfg.DATA.CACHE_DEVICE_GB,
     )
     if cfg.DATA.CACHE != "off":
         reporter.say(f"cache     {said}; filled in {clock() - began:.1f} s")

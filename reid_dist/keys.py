@@ -33,9 +33,11 @@ _C.DATA.NUM_INSTANCES = 4  # K: images of an identity in a batch
 _C.DATA.SAMPLER = "chunk"
 _C.DATA.PIPELINE = "auto"  # dali | torch (PIL in worker processes) | auto: dali where it can be imported
 _C.DATA.DECODE_DEVICE = "auto"  # where DALI decodes: cpu | gpu | auto: the device that trains
-# Training images in memory, once a node: off | encoded (the files) | resized (the pixels). No number depends on it.
+# Training images in memory: off | encoded (the files, once per node) | resized (the pixels, once per node) | device
+# (the pixels, in the memory of each GPU). No number depends on it.
 _C.DATA.CACHE = "off"
 _C.DATA.CACHE_GB = 8.0  # memory of a node for the cache; what does not fit gives way to the next smaller kind
+_C.DATA.CACHE_DEVICE_GB = 8.0  # memory of each GPU for DATA.CACHE device; what does not fit falls back to resized
 
 _C.AUG = CfgNode()
 _C.AUG.RC_PROB = 0.5  # probability of the random crop from 1.125 times the size
@@ -169,6 +171,7 @@ _C.TAG = "res50-ce-tri"  # name of the run, the last part of its folder
 # Keys that may change when a run is resumed, because they enter neither a training step nor what best.pt is chosen by.
 FREE_ON_RESUME = {
     "DATA.ROOT", "DATA.NUM_WORKERS", "DATA.TEST_BATCH", "DATA.CACHE", "DATA.CACHE_GB",
+    "DATA.CACHE_DEVICE_GB",
     "MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASSIFIER_SHARDED",
     "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MICRO_BATCH", "TRAIN.LOG_STEP", "TRAIN.CHECKPOINT_EPOCH",
     "TRAIN.CHECKPOINT_STEP", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_SKIPPED", "TRAIN.ON_NAN", "TRAIN.ALLOW_CHANGES",
@@ -184,7 +187,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "DATA.PIPELINE": ("auto", "dali", "torch"),
     "DATA.DECODE_DEVICE": ("auto", "cpu", "gpu"),
-    "DATA.CACHE": ("off", "encoded", "resized"),
+    "DATA.CACHE": ("off", "encoded", "resized", "device"),
     "MODEL.RES4_STRIDE": (1, 2),
     "MODEL.IANET.VARIANT": ("released", "normalised"),
     "MODEL.HEAD": ("simple", "bnneck"),
@@ -207,7 +210,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 AT_LEAST: dict[str, float] = {
     "DATA.VAL_IDS": 0,
     "DATA.NUM_WORKERS": 0, "DATA.HEIGHT": 8, "DATA.WIDTH": 8, "DATA.TRAIN_BATCH": 1, "DATA.TEST_BATCH": 1,
-    "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0,
+    "DATA.NUM_INSTANCES": 1, "DATA.CACHE_GB": 0.0, "DATA.CACHE_DEVICE_GB": 0.0,
     "MODEL.FEATURE_DIM": 1, "MODEL.EMBED_DIM": 0, "MODEL.BN_GROUP": 0,
     "TRAIN.START_EPOCH": 0,
     "TRAIN.MAX_EPOCH": 1, "TRAIN.MAX_STEPS": 0, "TRAIN.MICRO_BATCH": 0, "TRAIN.LOG_STEP": 1,

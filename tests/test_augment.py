@@ -11,7 +11,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.v2 import functional as tv
 
 from reid_dist.data import finish as finishing
-from reid_dist.data import photometric
+from reid_dist.data import photometric, transfer
 from reid_dist.data.augment import CODES, IMAGENET_POLICY, OPS, Augment, Augmentation, draw, sizes
 from reid_dist.data.finish import ERASED, MEAN, STD, finish, noise, splitmix64
 from tests.runs import PLAIN, SMALL, losses_of, run
@@ -264,7 +264,7 @@ def test_send_gives_the_same_arrays():
         np.zeros((0, 4), np.float32),
         rng.random((2, 3, 5)).astype(np.float32),
     ]
-    sent = photometric.send(arrays, torch.device("cpu"))
+    sent = transfer.send(arrays, torch.device("cpu"))
     for tensor, array in zip(sent, arrays, strict=True):
         assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
 

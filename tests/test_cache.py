@@ -12,25 +12,37 @@ from reid_dist.data.augment import sizes
 from reid_dist.data.pipeline import open_images
 from tests.ranks import run_ranks
 from tests.runs import PLAIN, SMALL, losses_of, run
-from tests.test_pipeline import CPU, HEIGHT, PIPELINES, WIDTH, make_plan, path_of, take, train_loader  # noqa: F401
+from tests.test_pipeline import (  # noqa: F401
+    CPU,
+    HEIGHT,
+    PIPELINES,
+    WIDTH,
+    make_plan,
+    note_buffers,
+    path_of,
+    take,
+    train_loader,
+)
 
 SIZES = [(HEIGHT, WIDTH), (72, 36)]
 PIXELS = 24 * 3 * sum(h * w for h, w in SIZES)
 
 
-def build(kind, files, pipeline="torch", budget_gb=1.0, num=24):
+def build(kind, files, pipeline="torch", budget_gb=1.0, num=24, device_gb=1.0):
     how = {"pipeline": pipeline, "decode_device": "cpu", "num_workers": 0, "device": CPU}
-    return cache.build_cache(kind, budget_gb, files, num, SIZES, functools.partial(open_images, path_of=files, **how))
+    plain = functools.partial(open_images, path_of=files, **how)
+    return cache.build_cache(kind, budget_gb, files, num, SIZES, plain, CPU, device_gb)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("kind", ["encoded", "resized"])
+@pytest.mark.parametrize("kind", ["encoded", "resized", "device"])
 def test_no_bit_depends_on_the_cache(path_of, kind, pipeline, num_workers):  # noqa: F811
     plan = make_plan()
     assert sizes(plan.augment, HEIGHT, WIDTH) == SIZES
     made, said = build(kind, path_of, pipeline)
-    assert made.kind == kind and said.startswith(f"{kind}, 0.00 GB a node (DATA.CACHE_GB 1)")
+    budget = "per rank (DATA.CACHE_DEVICE_GB 1)" if kind == "device" else "a node (DATA.CACHE_GB 1)"
+    assert made.kind == kind and said == f"{kind}, 0.00 GB {budget}"
     expected = take(train_loader(path_of, pipeline, plan), 2 * plan.num_steps)
     # From here on the files are not looked at: only the cache has the images.
     found = take(
@@ -66,6 +78,64 @@ def test_ranks_of_a_node_hold_one_copy(path_of, kind):  # noqa: F811
         inodes, paths, images = zip(*run_ranks(world_size, on_each_rank, path_of, kind), strict=True)
         assert len(set(inodes)) == 1 and len(set(paths)) == world_size
         assert all(torch.equal(i, expected) for i in images)
+
+
+def batches_and_pixels_on_each_rank(files):
+    cache._IMAGE_ROUND, cache._BATCH = 10, 3  # several rounds, of several batches
+    made, _ = build("device", files, num=23)
+    world = dist.world_size()
+    loader = train_loader(files, "torch", make_plan(23, batch=12), rank=dist.rank(), world_size=world, cache=made)
+    return torch.cat([b.images for b in take(loader, 2)]), made.pixels
+
+
+@pytest.mark.ranks
+def test_each_rank_holds_all_images_on_its_device(path_of):  # noqa: F811
+    [(_, pixels)] = run_ranks(1, batches_and_pixels_on_each_rank, path_of)
+    for world_size in (2, 3):
+        results = run_ranks(world_size, batches_and_pixels_on_each_rank, path_of)
+        assert all(torch.equal(found, pixels) for _, found in results)
+        for rank, (images, _) in enumerate(results):
+            plain = train_loader(path_of, "torch", make_plan(23, batch=12), rank=rank, world_size=world_size)
+            assert torch.equal(images, torch.cat([b.images for b in take(plain, 2)]))
+
+
+def test_a_device_with_too_little_memory(path_of, monkeypatch):  # noqa: F811
+    for budget, expected in [(PIXELS, "device"), (PIXELS - 1, "resized")]:
+        made, said = build("device", path_of, device_gb=budget / 1e9)
+        assert made.kind == expected and said.startswith(expected)
+        assert ("; device would take 0.00 GB per rank (DATA.CACHE_DEVICE_GB" in said) == (expected == "resized")
+    made, said = build("device", path_of, budget_gb=(PIXELS - 1) / 1e9, device_gb=0.0)
+    assert made.kind == "encoded" and "; device would take" in said and "; resized would take" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "free_device_memory", lambda device, ranks: PIXELS - 1)
+        made, said = build("device", path_of)
+        assert made.kind == "resized" and "0.0 GB of free memory" in said
+
+    # Another process may take the memory in between.
+    class Full(cache.DeviceCache):
+        def __init__(self, num, sizes, device):
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cache, "DeviceCache", Full)
+    assert build("device", path_of)[0].kind == "resized"
+
+
+def try_with_one_full_device(files):
+    if dist.rank() == 1:
+        cache._allocate = lambda num, sizes, device: None
+    return build("device", files)[0].kind
+
+
+@pytest.mark.ranks
+def test_ranks_agree_where_one_device_is_full(path_of):  # noqa: F811
+    assert run_ranks(2, try_with_one_full_device, path_of) == ["resized", "resized"]
+
+
+def test_batches_are_cut_out_in_the_memory_that_is_copied_from(path_of, monkeypatch):  # noqa: F811
+    made, _ = build("resized", path_of)
+    buffers = note_buffers(monkeypatch, cache)
+    found = take(train_loader(path_of, "torch", num_workers=2, cache=made)._images, 3)
+    assert [b.data_ptr() for b in found] == [b.data_ptr() for b in buffers[:3]]
 
 
 def test_what_does_not_fit_gives_way(path_of, monkeypatch):  # noqa: F811
@@ -118,10 +188,10 @@ def try_to_build(files, kind):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["encoded", "resized"])
+@pytest.mark.parametrize("kind", ["encoded", "resized", "device"])
 def test_a_bad_file_ends_all_ranks_with_its_name(path_of, tmp_path, kind, capfd):  # noqa: F811
     bad = tmp_path / "bad.jpg"
-    if kind == "resized":
+    if kind != "encoded":
         bad.write_bytes(b"no image")
     files = [*(path_of(i) for i in range(24)), str(bad)].__getitem__
     assert run_ranks(2, try_to_build, files, kind) == ["ended", "ended"]
@@ -140,7 +210,18 @@ def test_training_is_the_same_with_a_cache_and_may_change_it_when_resumed(pedest
     text = f"{SMALL} {PLAIN} TRAIN.MAX_STEPS 4 TRAIN.CHECKPOINT_STEP 2"
     plain, _ = run(2, pedestrians, tmp_path / "off", text)
     encoded, _ = run(2, pedestrians, tmp_path / "1", f"{text} DATA.CACHE encoded TRAIN.MAX_STEPS 2")
-    resumed, _ = run(2, pedestrians, tmp_path / "1", f"{text} DATA.CACHE resized", flags=["--resume", "auto"])
-    assert (losses_of(resumed) == losses_of(plain)).all() and (losses_of(encoded) == losses_of(plain)[:2]).all()
+    resized, _ = run(
+        2, pedestrians, tmp_path / "1", f"{text} DATA.CACHE resized TRAIN.MAX_STEPS 3", flags=["--resume", "auto"]
+    )
+    device, _ = run(
+        2,
+        pedestrians,
+        tmp_path / "1",
+        f"{text} DATA.CACHE device DATA.CACHE_DEVICE_GB 0.5",
+        flags=["--resume", "auto"],
+    )
+    assert (losses_of(device) == losses_of(plain)).all() and (losses_of(encoded) == losses_of(plain)[:2]).all()
+    assert (losses_of(resized) == losses_of(plain)[:3]).all()
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("cache")]
-    assert len(said) == 2 and "encoded, 0.00 GB a node" in said[0] and "resized, 0.00 GB a node" in said[1]
+    assert len(said) == 3 and "encoded, 0.00 GB a node" in said[0] and "resized, 0.00 GB a node" in said[1]
+    assert "device, 0.00 GB per rank (DATA.CACHE_DEVICE_GB 0.5)" in said[2]

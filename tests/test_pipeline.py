@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from reid_dist.data import loader
+from reid_dist.data import loader, transfer
 from reid_dist.data.finish import finish
 from reid_dist.data.pipeline import Request, open_images, resolve
 from reid_dist.data.plan import EpochPlan
@@ -227,6 +227,36 @@ def test_test_batches(path_of, pipeline, num_workers):
     (plain,) = images_of([request(indices)], path_of, pipeline)
     assert torch.equal(torch.cat([images for images, _ in found]), finish(plain, None, torch.float64))
     assert list(loader.test_batches(path_of, np.zeros(0, int), batch=3, **arguments)) == []
+
+
+def note_buffers(monkeypatch, module):
+    """The list of what `empty_bytes` gives to the module from now on."""
+    buffers = []
+
+    def noted(shape, device):
+        buffers.append(transfer.empty_bytes(shape, device))
+        return buffers[-1]
+
+    monkeypatch.setattr(module, "empty_bytes", noted)
+    return buffers
+
+
+@dali_only
+def test_decoded_images_are_made_in_the_memory_that_is_copied_from(path_of, monkeypatch):
+    from reid_dist.data import dali
+
+    buffers = note_buffers(monkeypatch, dali)
+    found = images_of([request([0, 1]), request([2])], path_of, "dali", num_workers=2)
+    assert [b.data_ptr() for b in found] == [b.data_ptr() for b in buffers]
+
+
+def test_memory_to_copy_from_is_pinned_for_cuda(monkeypatch):
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: asked.append(pin_memory) or empty(*a, **k))
+    for device, pinned in [("cuda:0", True), ("cpu", False)]:
+        buffer = transfer.empty_bytes((2, 3), torch.device(device))
+        assert buffer.shape == (2, 3) and buffer.dtype == torch.uint8 and asked.pop() == pinned
+    assert transfer.send([], CPU) == [] and transfer.send([np.zeros(0)], CPU)[0].shape == (0,)
 
 
 # --- failures and ends ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from nvidia import dali
 
 from .decode import UNREADABLE, decode, why
 from .pipeline import Images, PathOf, ReadFile, Request, resize_and_crop
+from .transfer import empty_bytes
 
 fn: Any = dali.fn  # made at run time; its stubs know too little
 types: Any = dali.types
@@ -99,11 +100,13 @@ class CpuImages(Images):
         height: int,
         width: int,
         num_threads: int,
+        device: torch.device,
     ) -> None:
+        """device: where the images go next; for a cuda device they are made in pinned memory."""
         self._source = _FileSource(requests, path_of, read, num_threads)
-        self._height, self._width = height, width
+        self._height, self._width, self._device = height, width, device
         self._pipe = _decoding_pipe(self._source, batch)
-        self._ahead: tuple[np.ndarray, list[Future[None]]] | Exception | None = None
+        self._ahead: tuple[torch.Tensor, list[Future[None]]] | Exception | None = None
 
     def __next__(self) -> torch.Tensor:
         if self._ahead is None:
@@ -115,9 +118,9 @@ class CpuImages(Images):
             future.result()
         # Only now may DALI have its buffer back, which its next run takes.
         self._ahead = self._start()
-        return torch.from_numpy(images)
+        return images
 
-    def _start(self) -> tuple[np.ndarray, list[Future[None]]] | Exception:
+    def _start(self) -> tuple[torch.Tensor, list[Future[None]]] | Exception:
         """The step after the last one started, being resized; or what to raise in its place."""
         try:
             decoded = _run(self._pipe, self._source, None)
@@ -125,11 +128,12 @@ class CpuImages(Images):
             return error.with_traceback(None)
         request = self._source.taken()
         num = len(request.indices)
-        images = np.empty((num, self._height, self._width, 3), dtype=np.uint8)
+        images = empty_bytes((num, self._height, self._width, 3), self._device)
+        out = images.numpy()
 
         def resize(first: int, last: int) -> None:
             for n in range(first, last):
-                resize_and_crop(np.asarray(decoded[n]), request.resize_hw[n], request.crop_yx[n], images[n])
+                resize_and_crop(np.asarray(decoded[n]), request.resize_hw[n], request.crop_yx[n], out[n])
 
         together = min(_TOGETHER, -(-num // self._source.num_threads))
         firsts = range(0, num, together)
@@ -193,7 +197,9 @@ def _gpu_pipe(source: _FileSource, batch: int, height: int, width: int, index: i
 
     # affine: DALI would tie thread i of every rank on a node to core i. hw_decoder_load: the JPEG engine's pixels
     # differ from those of the CUDA decoder, and DALI shares a batch out between them, so an image would depend on
-    # the batch it is in, and thus on the world size.
+    # the batch it is in, and thus on the world size. In DALI 2 the value is the load hint of nvImageCodec's hardware
+    # backend, under its fixed policy; a hint of exactly 0 gives that backend no image (read in their sources, not
+    # seen on a card).
     decoder = {"device": "mixed", "affine": False, "hw_decoder_load": 0.0}
     pipe = dali.Pipeline(batch_size=batch, num_threads=source.num_threads, device_id=index, prefetch_queue_depth=2)
     with pipe:

@@ -12,7 +12,7 @@ import torch
 
 from . import photometric
 from .augment import Augmentation
-from .photometric import send, to_device
+from .transfer import send, to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

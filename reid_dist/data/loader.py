@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from reid_dist.data.finish import finish
-from reid_dist.data.photometric import to_device
 from reid_dist.data.pipeline import Cache, PathOf, Request, open_images
 from reid_dist.data.plan import EpochPlan, StepPlan
+from reid_dist.data.transfer import to_device
 
 
 class Batch(NamedTuple):

@@ -8,13 +8,14 @@ order of sums may change with the shape. So it is the same on any number of rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from .augment import OPS
+from .transfer import to_device
 
 _BLUR_TAPS = 61  # 3 deviations of the largest sigma, 10, to either side
 
@@ -28,36 +29,6 @@ def apply(images: torch.Tensor, ops: np.ndarray, magnitudes: np.ndarray) -> torc
             where = to_device(torch.from_numpy(rows), images.device)
             images[where] = FUNCTIONS[OPS[code]](images[where], values[rows])
     return images
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy to the GPU goes through pinned memory, else the host would wait for all that is queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on the device, by one copy of all together: each copy costs the host as much as a kernel."""
-    starts = np.cumsum([0, *(-(-a.nbytes // 8) * 8 for a in arrays)]).tolist()
-    packed = empty_bytes((starts[-1],), device)
-    host = packed.numpy()
-    for start, array in zip(starts, arrays, strict=False):
-        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = packed.to(device, non_blocking=True)
-    return [
-        there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).reshape(array.shape)
-        for start, array in zip(starts, arrays, strict=False)
-    ]
-
-
-def empty_bytes(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Uninitialised uint8 on the host, pinned for a cuda device, to be filled and then copied to the device.
-
-    torch caches pinned memory, and takes it back from a tensor only when the copies that were queued from it are done:
-    so none is allocated anew at each step, and no buffer needs to be kept or waited for here.
-    """
-    return torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def per_image(values: np.ndarray, images: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ order; `finish.finish` makes the network's input from such a batch on the device
 
 - dali: DALI decodes. On the CPU `resize_and_crop` does the rest in threads; on a GPU DALI does.
 - torch: PIL decodes in worker processes, which call `resize_and_crop` too.
-- a cache of resized images (`cache.py`), from which batches are only cut out.
+- a cache of resized images (`cache.py`), in the memory of the node or of the device, from which batches are only cut
+  out.
 
 On the CPU all give the same bits: DALI and PIL decode by libjpeg-turbo with fancy upsampling and the accurate inverse
 DCT, to the same pixels. `resize_and_crop` is torch's antialiased bilinear filter on uint8, the one of PIL's BILINEAR:
@@ -34,7 +35,7 @@ from .decode import UNREADABLE, decode, printable, why
 
 PathOf = Callable[[int], str]
 ReadFile = Callable[[int], np.ndarray]
-Cache = Any  # a cache.EncodedCache, a cache.ResizedCache, or None
+Cache = Any  # a cache.EncodedCache, ResizedCache or DeviceCache, or None
 
 
 class Request(NamedTuple):
@@ -108,11 +109,11 @@ def open_images(
 
     path_of: index -> absolute path, picklable; batch: the largest B; pipeline, decode_device: as `resolve` returns
     them; num_workers: threads (dali) or processes (torch; 0 does the work in the calling thread); device: where the
-    images go next; cache: what `cache.build_cache` returned. Decoded on the GPU, the images lie there; else on the CPU,
-    with the torch pipeline pinned for a cuda device.
+    images go next; cache: what `cache.build_cache` returned. Images that a GPU decodes or caches are on it; others are
+    on the CPU, pinned for a cuda device.
     """
-    if cache is not None and cache.kind == "resized":
-        return cache.open_images(requests, height, width, max(num_workers, 1))
+    if cache is not None and cache.kind != "encoded":
+        return cache.open_images(requests, height, width, max(num_workers, 1), device)
     read = FileReader(path_of) if cache is None else cache.read
     if pipeline == "torch":
         return _TorchImages(requests, path_of, read, height, width, num_workers, pin=device.type == "cuda")
@@ -120,7 +121,7 @@ def open_images(
 
     if decode_device == "gpu":
         return GpuImages(requests, path_of, read, batch, height, width, max(num_workers, 1), device)
-    return CpuImages(requests, path_of, read, batch, height, width, max(num_workers, 1))
+    return CpuImages(requests, path_of, read, batch, height, width, max(num_workers, 1), device)
 
 
 class FileReader:
