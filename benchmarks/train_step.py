@@ -15,10 +15,13 @@ Modes: eager; compiled (TRAIN.COMPILE on); graph (TRAIN.CUDA_GRAPH on); nondeter
 otherwise eager). A mode or precision that this version's config does not know is reported as such.
 
 The parts of a mode are measured in turn, `--repeats` times; speeds are medians (least to greatest), ratios are medians
-of the ratios to the bare network in the same repeat and mode. Host: milliseconds until the host has issued a step; where
-that is about the time of the whole step, the host is the limit. Syncs: how often in a step the host waits for the
-device, counted by torch's profiler between log lines. Share: floating-point operations of the bare network, forward and
-backward, over what one large bf16 matrix product reaches on the same device in the same process.
+of the ratios to the bare network in the same repeat and mode. Host: milliseconds until the host has issued a step;
+where that is about the time of the whole step, the host is the limit. Syncs: how often in a step the host waits for
+the device, counted by torch's profiler between log lines. Share: floating-point operations of the bare network, forward
+and backward, over what one large bf16 matrix product reaches on the same device in the same process.
+
+The bare network's algorithms are those that cuDNN chooses by its rules; in the mode nondeterministic it times them, as
+the trainer does there.
 """
 
 from __future__ import annotations
@@ -71,8 +74,8 @@ READS = "aten::_local_scalar_dense"  # what item() and tolist() of a scalar call
 
 
 class Trainer(NamedTuple):
-    """What `train.fit` holds at a step. prepare(): torch's settings for the whole process, which other parts change too;
-    step: images (B, 3, H, W), global_pids (B,) -> what `train_step` returns."""
+    """What `train.fit` holds at a step. prepare(): torch's settings for the whole process, which other parts change,
+    too; step: images (B, 3, H, W), global_pids (B,) -> what `train_step` returns."""
 
     cfg: Any
     optimizer: torch.optim.Optimizer
@@ -172,7 +175,14 @@ def build_trainer(opts: dict[str, Any], device: torch.device) -> Trainer:
     def step(images: torch.Tensor, global_pids: torch.Tensor) -> tuple[Losses, torch.Tensor]:
         return train_step(ddp, objective, optimizer, scaler, norms, images, global_pids)
 
-    return Trainer(cfg, optimizer, lambda: set_arithmetic(cfg.TRAIN.PRECISION), step)
+    def prepare() -> None:
+        set_arithmetic(cfg.TRAIN.PRECISION)
+        if "DETERMINISTIC" in cfg.TRAIN:
+            from reid_dist.precision import set_determinism
+
+            set_determinism(cfg.TRAIN.DETERMINISTIC == "on", device)
+
+    return Trainer(cfg, optimizer, prepare, step)
 
 
 def read_config(opts: dict[str, Any], device: torch.device) -> Any:
@@ -189,10 +199,10 @@ def not_in_this_version(opts: dict[str, Any]) -> list[str]:
     return [f"{k} {v}" for k, v in opts.items() if k not in known or v not in CHOICES.get(k, (v,))]
 
 
-def set_arithmetic(precision: str) -> None:
-    """fp32 or TF32 for the arithmetic of float32 tensors, and torch's default algorithms."""
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+def set_arithmetic(precision: str, time_algorithms: bool = False) -> None:
+    """fp32 or TF32 for the arithmetic of float32 tensors, and algorithms of cuDNN's choice, timed or not."""
+    torch.set_deterministic_debug_mode("default")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, time_algorithms
     kind = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cudnn.conv.fp32_precision = kind
     torch.backends.cuda.matmul.fp32_precision = kind
@@ -249,12 +259,13 @@ def parts_of(
     images = torch.randn(batch, 3, height, width, generator=generator).to(device, memory_format=torch.channels_last)
     pids = (torch.arange(batch) // 4).to(device)
     if "bare" in args.parts:
-        set_arithmetic(group["precision"])
+        prepare = functools.partial(set_arithmetic, group["precision"], group["mode"] == "nondeterministic")
+        prepare()
         with peak_of(device) as peak:
             step = bare_step(args.model, group["mode"], group["precision"], images, pids)
             for _ in range(3):
                 step()
-        yield "bare", Part(lambda: set_arithmetic(group["precision"]), without_data(step), lambda: None, peak[0])
+        yield "bare", Part(prepare, without_data(step), lambda: None, peak[0])
     if not {"step", "whole"} & set(args.parts):
         return
     with peak_of(device) as peak:
@@ -315,7 +326,7 @@ def options_of(group: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
     }
 
 
-class peak_of:  # noqa: N801 - used as a function
+class peak_of:
     """with peak_of(device) as peak: peak[0] is afterwards the device memory in MiB that was added at most inside."""
 
     def __init__(self, device: torch.device):

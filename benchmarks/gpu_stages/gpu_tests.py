@@ -1,0 +1,33 @@
+"""Runs tests/gpu: on a GPU each file in a process, several at a time, so that an error that leaves CUDA unusable spoils
+one file and not all; without a GPU all in one process, where they are counted as not run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent.parent.parent / "tests" / "gpu"
+
+
+def main() -> None:
+    files = sorted(FOLDER.glob("test_*.py")) if torch.cuda.is_available() else [FOLDER]
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(run, files))
+    sys.exit(max(codes))
+
+
+def run(path: Path) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
+    failed = [f"result:   {line}" for line in lines if line.startswith(("FAILED", "ERROR"))]
+    print("\n".join([done.stdout, done.stderr, f"result: {path.name}: {lines[-1].strip('= ')}", *failed]), flush=True)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    main()
