@@ -111,7 +111,8 @@ def measure(open_stream: Any, steps: int, batch: int, device: torch.device) -> C
             next(stream)
         synchronize(device)
         seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    return Cost(steps * batch / seconds, 1e3 * cpu / (steps * batch))
+    tick = 1 / os.sysconf("SC_CLK_TCK")  # less than that cannot be told
+    return Cost(steps * batch / seconds, 1e3 * max(cpu, tick) / (steps * batch))
 
 
 def cpu_seconds() -> float:

@@ -1,11 +1,9 @@
-"""DALI's images on the GPU against those on the CPU: the pixels, batches while the GPU is busy, and images/s.
+"""DALI's images on the GPU against those on the CPU: pixels and speed, with nvJPEG's hardware engine off and on.
 
-pixels  share of equal values, mean and greatest difference in grey levels, with nvJPEG's hardware engine off and on
-load    batches while large matrix products are queued on the training stream, bitwise against batches of which each
-        was waited for: a buffer that DALI takes back too early shows here
-speed   images/s by decoder, threads and engine; measured over --images files after 8 batches
+pixels  share of equal values, mean and greatest difference in grey levels
+speed   images/s by decoder and number of threads, measured over --images files after 8 batches
 
-Without a GPU both sides are the CPU's. Real 64x128 files say most; drawn ones serve.
+Without a GPU the CPU is compared with itself.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--root", type=Path, required=True)
     p.add_argument("--images", type=int, default=2048)
-    p.add_argument("--batches", type=int, default=200)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--threads", type=int, nargs="+", default=[2, 4, 8, 16])
     args = p.parse_args()
@@ -44,9 +41,7 @@ def main() -> None:
     paths = sorted(str(f) for f in (args.root / "bounding_box_train").glob("*.jpg"))
     print(f"result: {len(paths)} files, batches of {args.batch}")
     compare_pixels(paths, args, device)
-    same = compare_under_load(paths, args, device)
     measure_speed(paths, args, device)
-    sys.exit(not same)
 
 
 def requests(num_files: int, batch: int, seed: int) -> Iterator[Request]:
@@ -111,35 +106,6 @@ def compare_pixels(paths: list[str], args: argparse.Namespace, device: torch.dev
             f"result: pixels, {name} against cpu: {equal:.3%} equal, mean {off.double().mean():.4f}, "
             f"more than 1: {more:.3%}, at most {int(off.max())}"
         )
-
-
-def compare_under_load(paths: list[str], args: argparse.Namespace, device: torch.device) -> bool:
-    """Whether batches under load are bitwise those that were waited for."""
-    where = "gpu" if device.type == "cuda" else "cpu"
-    with stream(paths, args.batch, where, 8, device, num=args.batches) as images:
-        waited_for = [copied(batch, device) for batch in images]
-    n = 6144 if device.type == "cuda" else 64
-    a = torch.randn(n, n, device=device)
-    differ = 0
-    with stream(paths, args.batch, where, 8, device, num=args.batches) as images:
-        found = []
-        for batch in images:
-            torch.mm(a, a)  # keeps the training stream some milliseconds behind the host
-            found.append(batch.clone())
-        del batch
-    for mine, theirs in zip(found, waited_for, strict=True):
-        differ += not torch.equal(mine, theirs)
-    print(f"result: {len(found)} batches under load on the {where}: {differ} differ from those that were waited for")
-    return differ == 0
-
-
-def copied(batch: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    batch = batch.clone()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return batch
 
 
 def measure_speed(paths: list[str], args: argparse.Namespace, device: torch.device) -> None:

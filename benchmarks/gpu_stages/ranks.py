@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as td
 
 from reid_dist import dist, train
@@ -43,33 +44,30 @@ def main() -> None:
         be_a_rank(args)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        ranks = [start(rank, Path(folder) / "two", args) for rank in range(2)]
+        port = free_port()
+        ranks = [start(rank, port, Path(folder) / "two", args) for rank in range(2)]
         codes = [rank.wait() for rank in ranks]
         print(f"result: 2 ranks over gloo: exit codes {codes}, {time.monotonic() - began:.1f} s")
         alone = losses_after(Path(folder) / "one", args)
         ok = max(codes) == 0 and show("2 ranks over gloo", read(Path(folder) / "two"), alone)
         # With the five variables the process group is started, here with the backend of the machine.
-        os.environ.update(environment(0, 1))
-        backend = "NCCL" if train.torch.cuda.is_available() else "gloo"
+        os.environ.update(environment(0, 1, free_port()))
+        backend = "NCCL" if torch.cuda.is_available() else "gloo"
         ok = show(f"1 rank over {backend}", losses_after(Path(folder) / "group", args), alone) and ok
     dist.shutdown()
     sys.exit(not ok)
 
 
-def start(rank: int, folder: Path, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(rank: int, port: int, folder: Path, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--root", str(args.root), "--steps", str(args.steps), "--rank", str(folder)]
-    return subprocess.Popen([*command, *["--small"] * args.small], env=os.environ | environment(rank, 2))
+    return subprocess.Popen([*command, *["--small"] * args.small], env=os.environ | environment(rank, 2, port))
 
 
-def environment(rank: int, world_size: int) -> dict[str, str]:
-    if world_size == 1:
-        port = free_port()
-    else:
-        port = int(os.environ.setdefault("RANKS_PORT", str(free_port())))
-    return {
-        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Of a rank that is alone on its node. Loopback by name: that of the machine need not lead to an address."""
+    numbers = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_PORT": port}
+    network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    return {name: str(number) for name, number in numbers.items()} | network
 
 
 def free_port() -> int:
