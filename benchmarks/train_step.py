@@ -53,11 +53,10 @@ from reid_dist.data import synthetic
 from reid_dist.data.index import build_index
 from reid_dist.keys import CHOICES
 from reid_dist.models import find_backbone
-from reid_dist.models.batch_norm import batch_norms
 from reid_dist.optim import build_optimizer, lr_at, parameter_groups, set_lr
 from reid_dist.report import Reporter
-from reid_dist.step import AUTOCAST, Losses, build_objective, global_values, train_step
-from reid_dist.train import build_schedule, wrap
+from reid_dist.step import AUTOCAST, Losses, build_objective, global_values
+from reid_dist.train import build_schedule, step_of, wrap
 from reid_dist.world import World
 
 NUM_PIDS = 751  # of Market-1501's training set
@@ -166,14 +165,13 @@ def build_trainer(opts: dict[str, Any], device: torch.device) -> Trainer:
     model = build_network(cfg, NUM_PIDS, world)
     objective = build_objective(cfg, NUM_PIDS, world)
     opt = cfg.TRAIN.OPTIMIZER
-    optimizer = build_optimizer(parameter_groups(model, opt.BACKBONE_FACTOR), opt.NAME, opt.LR, opt.WEIGHT_DECAY)
+    groups = parameter_groups(model, opt.BACKBONE_FACTOR)
+    graph = cfg.TRAIN.CUDA_GRAPH == "on"
+    optimizer = build_optimizer(groups, opt.NAME, opt.LR, opt.WEIGHT_DECAY, captured=graph)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    norms = batch_norms(model)
     learned = [p for p in model.backbone.parameters() if p.requires_grad]
-    ddp = wrap(model, learned, objective, scaler, False, cfg, world)
-
-    def step(images: torch.Tensor, global_pids: torch.Tensor) -> tuple[Losses, torch.Tensor]:
-        return train_step(ddp, objective, optimizer, scaler, norms, images, global_pids)
+    net = wrap(model, learned, objective, scaler, False, cfg, world)
+    step = step_of(net, objective, optimizer, scaler, cfg, world, print)
 
     def prepare() -> None:
         set_arithmetic(cfg.TRAIN.PRECISION)

@@ -221,6 +221,9 @@ def check_config(cfg: CfgNode, world_size: int | None, cuda: bool) -> None:
         errors.append("TEST.PRECISION 'fp16': expected bf16 or fp32 on a machine without a GPU")
     if cfg.TEST.PRECISION and cfg.TRAIN.PRECISION == "fp64":
         errors.append(f"TEST.PRECISION {cfg.TEST.PRECISION!r} with TRAIN.PRECISION 'fp64': expected ''")
+    if cfg.TRAIN.CUDA_GRAPH == "on" and cfg.TRAIN.PRECISION == "fp64":
+        # The learning rate that a graph reads is a tensor in fp32.
+        errors.append("TRAIN.CUDA_GRAPH 'on' with TRAIN.PRECISION 'fp64': expected off")
     if not cfg.TRAIN.EMA < 1:
         errors.append(f"TRAIN.EMA {cfg.TRAIN.EMA}: expected less than 1, such as 0.999, or 0 for none")
     cosine = cfg.TRAIN.LR_SCHEDULER

@@ -31,16 +31,26 @@ class Schedule(NamedTuple):
 
 
 def build_optimizer(
-    params: Iterable[nn.Parameter] | list[dict[str, Any]], name: str, lr: float, weight_decay: float
+    params: Iterable[nn.Parameter] | list[dict[str, Any]],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    captured: bool = False,
 ) -> torch.optim.Optimizer:
     """adam (decay coupled, as the original), adamw, or sgd with momentum 0.9 and Nesterov; decay on every parameter.
 
-    params: parameters, or groups as `parameter_groups` makes them.
+    params: parameters, or groups as `parameter_groups` makes them. captured: its steps can be part of a CUDA graph, for
+    which the learning rate is a tensor on the device, in fp32.
 
     The fused kernels serve on CUDA and CPU: one launch for all tensors, and `step_unless` needs their found-inf flag.
     """
-    kwargs = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
+    kwargs: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
+    if captured and name != "sgd":
+        kwargs["capturable"] = True
     optimizer = OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, fused=True, **kwargs)
+    if captured:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr, dtype=torch.float32, device=group["params"][0].device)
     if name == "sgd":
         # The first step would make them, and leaves them unset when it is one that is left out.
         for group in optimizer.param_groups:
@@ -93,4 +103,8 @@ def lr_at(step: int, steps_per_epoch: int, schedule: Schedule) -> float:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """lr times each group's lr_factor, 1 where it has none."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        value = lr * group.get("lr_factor", 1.0)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)  # where a CUDA graph reads it
+        else:
+            group["lr"] = value

@@ -113,8 +113,7 @@ def restore(saved: dict[str, Any], parts: Parts, cfg: Any) -> tuple[State, list[
         raise ValueError(f"--resume: the checkpoint's weights do not fit this network: {reason[:300]}") from None
     saved_name = yaml.safe_load(saved["config"])["TRAIN"]["OPTIMIZER"]["NAME"]
     if saved_name == cfg.TRAIN.OPTIMIZER.NAME:
-        # All but the learning rate, which is set at each step.
-        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(slots)
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)

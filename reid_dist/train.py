@@ -7,17 +7,20 @@ python -m reid_dist.train --cfg ...        # without torchrun: world size 1
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import dist, ema, preemption, watchdog
-from .build import build_loader, build_network, build_plan, read_index, read_same_command
+from .build import build_loader, build_network, build_plan, image_dtype, read_index, read_same_command
+from .captured import Step, capture
 from .config import flatten, parser, read_yaml, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
@@ -83,7 +86,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     objective = build_objective(cfg, index.num_pids, world)
     opt = cfg.TRAIN.OPTIMIZER
     groups = parameter_groups(model, opt.BACKBONE_FACTOR)
-    optimizer = build_optimizer(groups, opt.NAME, opt.LR, opt.WEIGHT_DECAY)
+    optimizer = build_optimizer(groups, opt.NAME, opt.LR, opt.WEIGHT_DECAY, captured=cfg.TRAIN.CUDA_GRAPH == "on")
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
     rows = classifier_rows(index.num_pids, model.sharded, world.rank, world.world_size)
     parts = Parts(model, optimizer, scaler, rows, ema.start_average(model) if cfg.TRAIN.EMA else {})
@@ -147,6 +150,7 @@ def fit(
     frozen = state.step < cfg.TRAIN.FREEZE_STEPS
     learned = [p for p in model.backbone.parameters() if p.requires_grad]
     net = wrap(model, learned, objective, scaler, frozen, cfg, world)
+    step = step_of(net, objective, optimizer, scaler, cfg, world, reporter.say)
     vote = dist.Vote()
     unread: list[tuple[Losses, torch.Tensor]] = []
     with build_loader(cfg, index, plan, world, state.step, reporter) as loader:
@@ -157,11 +161,12 @@ def fit(
         watchdog.at("data", state.step + 1)
         for batch in itertools.islice(loader, max(0, last - state.step)):
             if frozen and state.step >= cfg.TRAIN.FREEZE_STEPS:
-                del net  # its hooks on the parameters go with it
+                del net, step  # DDP's hooks on the parameters go with them
                 frozen, net = False, wrap(model, learned, objective, scaler, False, cfg, world)
+                step = step_of(net, objective, optimizer, scaler, cfg, world, reporter.say)
             lr = lr_at(state.step, plan.num_steps, schedule)
             set_lr(optimizer, lr)
-            losses, bad = train_step(net, objective, optimizer, scaler, batch.images, batch.global_pids)
+            losses, bad = step(batch.images, batch.global_pids)
             unread.append((losses, bad))
             if average:
                 ema.move_average(average, model, cfg.TRAIN.EMA)
@@ -300,6 +305,28 @@ def wrap(
     net = network_of(ddp, objective)
     rehearse(net, objective, scaler, local_shape(cfg, world))
     return net
+
+
+def step_of(
+    net: Network,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    cfg: Any,
+    world: dist.World,
+    say: Callable[[str], None],
+) -> Step:  # all ranks
+    """`train_step` of images and labels; with TRAIN.CUDA_GRAPH captured, once the state of the run is restored."""
+    step = functools.partial(train_step, net, objective, optimizer, scaler)
+    if cfg.TRAIN.CUDA_GRAPH == "off":
+        return step
+    images = torch.empty(
+        local_shape(cfg, world), device=world.device, dtype=image_dtype(cfg), memory_format=torch.channels_last
+    )
+    global_pids = torch.empty(cfg.DATA.TRAIN_BATCH, device=world.device, dtype=torch.int64)
+    captured, line = capture(step, scaler, images, global_pids)
+    say(line)
+    return captured
 
 
 def local_shape(cfg: Any, world: dist.World) -> tuple[int, int, int, int]:

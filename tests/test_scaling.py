@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_a_part_is_there_when_the_run_has_it(change, part):
 
 
 def test_one_gather_a_layer_in_place_of_two_sums(monkeypatch):
-    """The formulas of groups that span ranks, today's and those of one gather: 2 C numbers of each of the group's ranks."""
+    """The formulas of groups that span ranks, today's and those of one gather: 2 C numbers of each rank."""
     for spanning, wanted in (
         (scaling.THREE_SUMS, {("all_reduce", 4 * n): 2 for n in (4, 6)} | {("all_reduce", 8 * n): 1 for n in (4, 6)}),
         (
@@ -75,7 +76,7 @@ def test_the_model_adds_up(capsys):
     assert alone.exposed == 0 and alone.total == pytest.approx(600e-5)  # the host's: 6e9 flops take 60 us
     assert alone.compute == pytest.approx(6e9 / 100e12)
     steps = [scaling.model_step(replace(RUN, ranks=ranks), machine, 20) for ranks in (2, 8, 64, 512)]
-    assert all(a.exposed < b.exposed for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a.exposed < b.exposed for a, b in pairwise(steps))
     # Slow cards are worth sharing out to the last image; with a free host and network nothing ever stops a step.
     slow, free = replace(machine, tflops=0.001), replace(machine, host_ops=0, group_ops=0, tflops=1e-3)
     assert scaling.stops_at(RUN, machine, 20, 1.25) > scaling.stops_at(RUN, slow, 20, 1.25) >= 1

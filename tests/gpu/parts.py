@@ -9,10 +9,9 @@ from reid_dist.build import build_network, image_dtype
 from reid_dist.checkpoint import copy_tensors, digest
 from reid_dist.config import check_config, load_config, parser
 from reid_dist.models import MODELS
-from reid_dist.models.batch_norm import batch_norms
 from reid_dist.optim import build_optimizer, parameter_groups
 from reid_dist.resume import Parts
-from reid_dist.step import Objective, build_objective, global_values, train_step
+from reid_dist.step import Network, Objective, build_objective, global_values, network_of, train_step
 from reid_dist.world import World
 
 NUM_PIDS = 8
@@ -23,12 +22,10 @@ SMALL = (
 
 
 class Trainer(NamedTuple):
-    """model: unwrapped; ddp: the same, wrapped where there are ranks."""
-
     cfg: Any
     parts: Parts
     objective: Objective
-    ddp: torch.nn.Module
+    net: Network
 
 
 def trainer(world: World, text: str = "", network: str = "tiny", wrap: Any = None) -> Trainer:
@@ -41,10 +38,12 @@ def trainer(world: World, text: str = "", network: str = "tiny", wrap: Any = Non
     cfg.freeze()
     model = build_network(cfg, NUM_PIDS, world).train()
     opt = cfg.TRAIN.OPTIMIZER
-    optimizer = build_optimizer(parameter_groups(model, opt.BACKBONE_FACTOR), opt.NAME, opt.LR, opt.WEIGHT_DECAY)
+    groups, graph = parameter_groups(model, opt.BACKBONE_FACTOR), cfg.TRAIN.CUDA_GRAPH == "on"
+    optimizer = build_optimizer(groups, opt.NAME, opt.LR, opt.WEIGHT_DECAY, captured=graph)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
     parts = Parts(model, optimizer, scaler, range(NUM_PIDS), {})
-    return Trainer(cfg, parts, build_objective(cfg, NUM_PIDS, world), wrap(model) if wrap else model)
+    objective = build_objective(cfg, NUM_PIDS, world)
+    return Trainer(cfg, parts, objective, network_of(wrap(model) if wrap else model, objective))
 
 
 def alone(device: torch.device) -> World:
@@ -64,7 +63,7 @@ def batch(cfg: Any, world: World, step: int) -> tuple[torch.Tensor, torch.Tensor
 
 def one_step(t: Trainer, images: torch.Tensor, pids: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """(losses, flag of a step that was left out)."""
-    return train_step(t.ddp, t.objective, t.parts.optimizer, t.parts.scaler, batch_norms(t.parts.model), images, pids)
+    return train_step(t.net, t.objective, t.parts.optimizer, t.parts.scaler, images, pids)
 
 
 def steps(t: Trainer, world: World, first: int, last: int) -> list[dict[str, float]]:

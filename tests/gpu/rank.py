@@ -64,8 +64,7 @@ def train(world):
 
     t = trainer(world, "TRAIN.PRECISION fp64 MODEL.BN_GROUP 16 DATA.HEIGHT 32 DATA.WIDTH 16")
     learned = [p for p in t.parts.model.backbone.parameters() if p.requires_grad]
-    ddp = wrap(t.parts.model, learned, t.objective, t.parts.scaler, False, t.cfg, world)
-    t = t._replace(ddp=ddp)
+    t = t._replace(net=wrap(t.parts.model, learned, t.objective, t.parts.scaler, False, t.cfg, world))
     return {"losses": steps(t, world, 0, 3), "model": state_of(t)["model"]}
 
 
@@ -98,7 +97,7 @@ def one_rank(world):
             return dist.wrap_ddp(model, world.device, [])
 
     plain, ddp = (trainer(world, "TRAIN.PRECISION fp32", wrap=wrap) for wrap in (None, wrapped))
-    assert type(ddp.ddp).__name__ == "DistributedDataParallel"
+    assert type(ddp.net.ddp).__name__ == "DistributedDataParallel"
     with deterministic():
         found = {"plain": digest_of_steps(plain, world), "ddp": digest_of_steps(ddp, world)}
     images, pids = batch(ddp.cfg, world, 3)

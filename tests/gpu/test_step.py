@@ -84,7 +84,7 @@ def test_a_step_is_the_cpus(device):
     """Three steps in fp64: losses, weights and running statistics of the CPU."""
     text = "TRAIN.PRECISION fp64 DATA.HEIGHT 32 DATA.WIDTH 16"
     trainers = [trainer(alone(place), text) for place in (device, torch.device("cpu"))]
-    found, wanted = (steps(t, alone(next(t.ddp.parameters()).device), 0, 3) for t in trainers)
+    found, wanted = (steps(t, alone(t.net.params[0].device), 0, 3) for t in trainers)
     for a, b in zip(found, wanted, strict=True):
         assert a == pytest.approx(b, abs=1e-9)
     a, b = (state_of(t)["model"] for t in trainers)
