@@ -1,16 +1,17 @@
 """How many operations one training step dispatches, part by part, against the bare network. No GPU needed.
 
-    python benchmarks/step_ops.py                  # ResNet-50, 64 images, bf16: the table of docs/performance.md
-    python benchmarks/step_ops.py --precision fp32 --loss contrastive
+    python benchmarks/step_ops.py                  # ResNet-50 in bf16: the table of docs/performance.md
+    python benchmarks/step_ops.py --precision fp32 --pair-loss contrastive --details
 
 A GPU step of small kernels is limited by the host, which needs some microseconds for each operation whatever the batch.
-The number of operations does not depend on the machine: it is counted on the CPU, in eager mode, by what reaches
-PyTorch's dispatcher. Views and allocations are not counted, since neither launches a kernel.
+The number of operations depends neither on the machine nor on the number or size of the images: it is counted on the
+CPU, in eager mode, by what reaches PyTorch's dispatcher. Views and allocations are not counted, since neither launches
+a kernel.
 
 bare network: torchvision's ResNet-50 with cross entropy and fused Adam. The other columns are the trainer's step
 (`train_step`, and the finishing of its uint8 images) with one batch norm group, with two groups of half the batch, and
-with one group that two ranks share, where each collective counts as one operation. Seconds are host time per step with
-images of a few pixels, whose arithmetic costs almost nothing (the median of --repeats, without counting).
+with one group that two ranks share, where each collective counts as one operation. Times are those of a step on this
+CPU with images of 32x16 pixels, the median of --repeats, kernels included, so only their shares mean something.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Counting(TorchDispatchMode):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.ops: dict[str, Counter[str]] = {part: Counter() for part in PARTS}
+        self.seconds: Counter[str] = Counter()  # up to the end of each operation, from the end of the one before
+        self._ended = time.perf_counter()
         self._nodes: set[Any] = set()
         network.register_forward_hook(lambda module, inputs, output: self._note_nodes(output))
 
@@ -73,10 +76,15 @@ class Counting(TorchDispatchMode):
                 todo += [following for following, _ in node.next_functions]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
+        seconds = time.perf_counter() - self._ended
+        name, part = func.overloadpacket.__name__, self._part()
         if name not in FREE:
-            self.ops[self._part()][name] += 1
-        return func(*args, **(kwargs or {}))
+            self.ops[part][name] += 1
+        begin = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self._ended = time.perf_counter()
+        self.seconds[part] += seconds + self._ended - begin
+        return result
 
     def _part(self) -> str:
         frame: Any = sys._getframe(2)
@@ -187,7 +195,7 @@ def two_ranks_in_one() -> Any:
 
 
 def count(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """{column: {'ops': {part: {operation: count}}, 'total': count, 'seconds': host seconds per step}}."""
+    """{column: {'ops': {part: {operation: count}}, 'total': count, 'seconds': {part: seconds per step}}}."""
     autocast = AUTOCAST.get(args.precision)
     batch, tiny = args.batch, (32, 16)
 
@@ -205,42 +213,39 @@ def count(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         with two_ranks_in_one() if name.startswith("spans") else mock.MagicMock():
             step, network = build(tiny)
             step()  # the optimizer makes its state, constants are cached
-            seconds = [timed(step) for _ in range(args.repeats)]
-            with Counting(network) as counting:
-                step()
+            counted = []
+            for _ in range(args.repeats):
+                with Counting(network) as counting:
+                    step()
+                counted.append(counting)
         ops = {part: dict(counter.most_common()) for part, counter in counting.ops.items()}
         total = sum(sum(counter.values()) for counter in counting.ops.values())
-        results[name] = {"ops": ops, "total": total, "seconds": statistics.median(seconds) if seconds else None}
+        seconds = {part: statistics.median(c.seconds[part] for c in counted) for part in PARTS}
+        results[name] = {"ops": ops, "total": total, "seconds": seconds}
     return results
-
-
-def timed(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     names = list(results)
-    lines = [f"{'part':<20}" + "".join(f"{name:>16}" for name in names)]
+    lines = [f"{'part':<20}" + "".join(f"{name:>17}" for name in names)]
     for part in PARTS:
-        lines.append(f"{part:<20}" + "".join(f"{sum(results[n]['ops'][part].values()):>16}" for n in names))
+        cells = [(sum(results[n]["ops"][part].values()), 1e3 * results[n]["seconds"][part]) for n in names]
+        lines.append(f"{part:<20}" + "".join(f"{num:>7} {ms:>6.0f} ms" for num, ms in cells))
     bare = results[names[0]]["total"]
-    lines.append(f"{'all':<20}" + "".join(f"{results[n]['total']:>16,}" for n in names))
-    lines.append(f"{'ratio':<20}" + "".join(f"{results[n]['total'] / bare:>16.2f}" for n in names))
-    if results[names[0]]["seconds"] is not None:
-        lines.append(f"{'host ms per step':<20}" + "".join(f"{1e3 * results[n]['seconds']:>16.0f}" for n in names))
+    cells = [(results[n]["total"], 1e3 * sum(results[n]["seconds"].values())) for n in names]
+    lines.append(f"{'all':<20}" + "".join(f"{num:>7,} {ms:>6.0f} ms" for num, ms in cells))
+    lines.append(f"{'ratio':<20}" + "".join(f"{results[n]['total'] / bare:>7.2f}" + " " * 10 for n in names))
     return "\n".join(lines)
 
 
 def command_line() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--model", default="resnet50", help="a network that torchvision has as well")
-    p.add_argument("--batch", type=int, default=64, help="images on the rank")
+    p.add_argument("--batch", type=int, default=16, help="images on the rank")
     p.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     p.add_argument("--cla-loss", default="crossentropy")
     p.add_argument("--pair-loss", default="triplet")
-    p.add_argument("--repeats", type=int, default=5, help="timed steps; 0: count only")
+    p.add_argument("--repeats", type=int, default=3, help="counted and timed steps")
     p.add_argument("--details", action="store_true", help="list the operations of each part")
     p.add_argument("--out", type=Path, help="write the counts to this JSON file")
     return p
@@ -249,8 +254,10 @@ def command_line() -> argparse.ArgumentParser:
 def main() -> None:
     args = command_line().parse_args()
     results = count(args)
-    print(f"torch {torch.__version__}, {args.model}, {args.batch} images on the rank, {args.precision}, ")
-    print(f"{args.cla_loss} + {args.pair_loss}, {NUM_PIDS} identities, Adam; operations per step")
+    print(
+        f"torch {torch.__version__}, {args.model}, {args.batch} images on the rank, {args.precision}, {args.cla_loss}"
+    )
+    print(f"and {args.pair_loss}, {NUM_PIDS} identities, Adam: operations per step, and milliseconds on this CPU")
     print(table(results))
     for name, result in results.items() if args.details else ():
         for part, ops in result["ops"].items():

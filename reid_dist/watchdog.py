@@ -15,6 +15,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
+
+from .failure import end_now, print_error
 
 
 class _Stand:
@@ -57,7 +60,7 @@ def set_rank(rank: int) -> None:
 
 
 def set_limit(seconds: float) -> None:
-    """A rank that stands in one phase for so long says so."""
+    """A rank that stays in one phase for `seconds` says so; in a replay it ends after twice that, DIST.TIMEOUT_S."""
     _Stand.limit_s = seconds
 
 
@@ -83,12 +86,23 @@ def _watch(done: threading.Event) -> None:
     told = 0.0
     while not done.wait(min(1.0, _Stand.limit_s / 4)):
         since = _Stand.since
+        if _Stand.phase == "replay" and time.monotonic() - since > 2 * _Stand.limit_s:
+            end_replay()
         if time.monotonic() - since > _Stand.limit_s and since != told:
             told = since
             line = where()
             sys.stderr.write(f"reid_dist: slow: {line}\n")
             write_log(line)
             write_stacks()
+
+
+def end_replay() -> NoReturn:
+    """Ends this rank: NCCL's own limit does not see the collectives inside a CUDA graph, which would wait for ever."""
+    line = f"{where()}: a captured step has not finished within DIST.TIMEOUT_S; another rank may be lost"
+    write_log(line)
+    write_stacks()
+    print_error(line)
+    end_now(1)
 
 
 def note_error(error: BaseException) -> str:

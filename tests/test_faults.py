@@ -410,6 +410,27 @@ def test_allowed_changes_hold_for_the_optimizer_too(pedestrians, tmp_path, capfd
     assert "do not fit this network" in capfd.readouterr().err
 
 
+def hang_in(phase, folder):
+    """On a rank: a phase that takes longer than twice the watchdog's limit."""
+    watchdog.set_limit(0.2)
+    with watchdog.watching(3, folder):
+        watchdog.at(phase, 7)
+        time.sleep(2)
+
+
+@pytest.mark.ranks
+def test_a_replay_that_hangs_ends_the_rank_and_nothing_else_does(tmp_path, capfd):
+    """NCCL's limit does not see the collectives inside a CUDA graph."""
+    run_ranks(1, hang_in, "backward", tmp_path)
+    assert "captured" not in capfd.readouterr().err
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="a rank died"):
+        run_ranks(1, hang_in, "replay", tmp_path)
+    assert time.monotonic() - begin < 1.9
+    text = "a captured step has not finished within DIST.TIMEOUT_S"
+    assert text in capfd.readouterr().err and text in (tmp_path / "logs/rank3.txt").read_text()
+
+
 def test_the_watchdog_stays_quiet_while_a_rank_moves(tmp_path, capfd):
     watchdog.set_limit(0.2)
     with watchdog.watching(5, tmp_path):

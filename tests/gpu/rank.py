@@ -36,7 +36,7 @@ def collectives(world):
         return out
 
     def averaged():
-        return dist.begin_average([mine[:1], mine[1:]])()[1]
+        return dist.begin_average(mine.clone())()[1:]
 
     calls = {
         "all_reduce": (lambda: dist.all_sum(mine.clone()), total),
@@ -44,6 +44,7 @@ def collectives(world):
         "asynchronous all_reduce": (averaged, total[1:] / num),
         "all_gather_into_tensor": (all_gather, everyone),
         "reduce_scatter_tensor": (reduce_scatter, total),
+        "all_gather of a group": (lambda: dist.group_gather(mine, dist.consecutive_ranks(num)).flatten(), everyone),
         "broadcast": (lambda: dist.broadcast(mine.clone(), num - 1), torch.arange(4.0) + num - 1),
         "all_gather_object": (lambda: torch.tensor(dist.gather_objects(world.rank)), torch.arange(num)),
         "bf16 all_reduce": (lambda: dist.all_sum(mine.bfloat16()).float(), total),

@@ -11,8 +11,10 @@ import torch
 pytest.importorskip("yacs", reason="yacs is not installed: it is part of the kit for a GPU machine")
 
 from reid_dist import checkpoint, ema
+from reid_dist.captured import capture
 from reid_dist.models import MODELS
 from reid_dist.resume import State, restore
+from reid_dist.step import train_step
 from tests.gpu.parts import alone, batch, deterministic, one_step, state_of, steps, trainer
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -59,6 +61,46 @@ def test_a_resnet50_step_waits_for_nothing(device, precision, no_waiting):
     with no_waiting(device):
         losses, _ = one_step(t, images, pids)
     assert math.isfinite(losses.cla + losses.pair)
+
+
+def graphed(t, device):
+    """The step of a trainer as a CUDA graph (on the CPU: called in place of it)."""
+    step = partial(train_step, t.net, t.objective, t.parts.optimizer, t.parts.scaler)
+    images, pids = batch(t.cfg, alone(device), 0)
+    captured, line = capture(step, t.parts.scaler, images.clone(), pids.clone())
+    assert ("is a CUDA graph" if device.type == "cuda" else "CPU") in line
+    return captured
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_replayed_steps_have_the_bits_of_plain_ones_and_wait_for_nothing(device, precision, optimizer, no_waiting):
+    # A learning rate that fp32 holds exactly: a graph reads it from a tensor of that type.
+    text = f"TRAIN.PRECISION {precision} TRAIN.OPTIMIZER.NAME {optimizer} TRAIN.OPTIMIZER.LR 0.0009765625"
+    with deterministic():
+        plain, ours = (trainer(alone(device), f"{text} TRAIN.CUDA_GRAPH {graph}") for graph in ("off", "on"))
+        step = graphed(ours, device)
+        for number in range(4):
+            images, pids = batch(plain.cfg, alone(device), number)
+            if number == 2:
+                images[0, 0, 0, 0] = float("nan")  # left out by both
+            wanted, wanted_bad = one_step(plain, images, pids)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            with no_waiting(device):
+                found, bad = step(images, pids)
+            assert bad == wanted_bad == float(number == 2)
+            assert torch.equal(torch.stack(list(found)), torch.stack(list(wanted))) or number == 2
+        assert checkpoint.digest(state_of(ours)["model"]) == checkpoint.digest(state_of(plain)["model"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_steps_are_near_plain_ones(device, precision):
+    plain, ours = (trainer(alone(device), f"TRAIN.PRECISION {precision} TRAIN.COMPILE {c}") for c in ("off", "on"))
+    found, wanted = (steps(t, alone(device), 0, 3) for t in (ours, plain))
+    for a, b in zip(found, wanted, strict=True):
+        assert abs(a["loss"] - b["loss"]) < (1e-4 if precision == "fp32" else 0.1)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
