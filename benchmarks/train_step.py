@@ -178,7 +178,7 @@ def build_trainer(opts: dict[str, Any], device: torch.device) -> Trainer:
         if "DETERMINISTIC" in cfg.TRAIN:
             from reid_dist.precision import set_determinism
 
-            set_determinism(cfg.TRAIN.DETERMINISTIC == "on", device)
+            set_determinism(cfg.TRAIN.DETERMINISTIC == "on", device, cfg.TRAIN.COMPILE == "on")
 
     return Trainer(cfg, optimizer, prepare, step)
 

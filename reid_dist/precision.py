@@ -59,11 +59,11 @@ def fp32_products(precision: str) -> Iterator[None]:
             part.fp32_precision = value
 
 
-def set_determinism(on: bool, device: torch.device) -> None:
+def set_determinism(on: bool, device: torch.device, compiled: bool = False) -> None:
     """Sets for the rest of the process whether the same input always gives the same bits: TRAIN.DETERMINISTIC.
 
     on: operations use deterministic algorithms, and one that has none raises RuntimeError. Else cuDNN times its
-    algorithms on the first batch of each shape and takes the fastest.
+    algorithms on the first batch of each shape and takes the fastest. compiled: torch.compile is used (TRAIN.COMPILE).
     Has to be called before the first matrix product on a GPU: there cuBLAS reads its environment variable. (Choosing
     the device and starting NCCL makes no cuBLAS handle.) Raises ValueError when that variable has a value with which
     cuBLAS is not deterministic.
@@ -75,9 +75,11 @@ def set_determinism(on: bool, device: torch.device) -> None:
                 f"TRAIN.DETERMINISTIC 'on': cuBLAS is not deterministic with the environment variable "
                 f"CUBLAS_WORKSPACE_CONFIG={workspace}; unset it, or set it to {' or '.join(CUBLAS_WORKSPACES)}"
             )
-    # What use_deterministic_algorithms does, without an import of the compiler, which takes seconds. Code that is to be
-    # compiled needs that one: it makes the compiler deterministic as well.
-    torch.set_deterministic_debug_mode("error" if on else "default")
+    if compiled:
+        torch.use_deterministic_algorithms(on)  # the compiler too
+    else:
+        # The same without an import of the compiler, which takes seconds.
+        torch.set_deterministic_debug_mode("error" if on else "default")
     # Else every `empty` is filled with NaN, one more kernel each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not on

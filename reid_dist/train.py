@@ -70,7 +70,7 @@ def main(world: dist.World, argv: list[str]) -> None:  # all ranks
     if not cfg.EVAL_MODE:
         preemption.listen()
     dist.agreed(check_restarts, cfg, dict(os.environ))
-    dist.agreed(set_determinism, cfg.TRAIN.DETERMINISTIC == "on", world.device)
+    dist.agreed(set_determinism, cfg.TRAIN.DETERMINISTIC == "on", world.device, cfg.TRAIN.COMPILE == "on")
     dist.set_timeout(cfg.DIST.START_TIMEOUT_S)
     index = read_index(cfg, world, trains=not cfg.EVAL_MODE)
     if cfg.EVAL_MODE and cfg.MODEL.RESUME not in ("", "auto"):
