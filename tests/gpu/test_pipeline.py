@@ -39,7 +39,7 @@ def images_of(requests, files, device, **options):
 
 @needs_dali
 def test_pixels_are_near_pils(device, tmp_path, tell):
-    """Another decoder and another filter: near, and much nearer than images moved by a pixel or with other colours."""
+    """Another decoder and another filter: near, and much nearer than images that are moved or of swapped colours."""
     files, size = make_files(tmp_path), (HEIGHT + 8, WIDTH + 4)
     ours = [request(range(NUM), size, corner) for corner in ((3, 1), (4, 1), (3, 2))]
     found = images_of(ours[:1], files, device)[0]
