@@ -2,6 +2,7 @@
 
 python -m benchmarks.scaling                     # bytes and collectives for 8, 64, 512 GPUs; the model's step times
 python -m benchmarks.scaling --check 1 2 4 8     # also counts what runs of so many gloo ranks really send
+python -m benchmarks.scaling --check 2 --check-models resnet50      # several full buckets; 1 GB a rank
 
 The check starts the trainer on drawn images, on forked ranks of this machine, and counts during two steps, one of them
 with a log line:
@@ -243,6 +244,7 @@ CASES = [
     Case("sharded classifier", "tiny", 1, sharded=True),
     Case("batch norm groups on a rank", "mobilenet_v2", 1),
     Case("groups of all ranks", "mobilenet_v2", 0),
+    Case("batch norm groups on a rank", "resnet50", 1),
 ]
 
 
@@ -454,6 +456,13 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--center", action="store_true", help="LOSS.CENTER above 0")
     p.add_argument("--log-step", type=int, default=20, help="TRAIN.LOG_STEP")
     p.add_argument("--check", type=int, nargs="+", default=[], metavar="RANKS", help="count with so many gloo ranks")
+    p.add_argument(
+        "--check-models",
+        nargs="+",
+        default=["tiny", "mobilenet_v2"],
+        choices=sorted({c.model for c in CASES}),
+        metavar="M",
+    )
     m = p.add_argument_group("assumptions of the model")
     m.add_argument("--tflops", type=float, default=140, help="rate of the step's arithmetic, TFLOP/s")
     m.add_argument("--host-ops", type=int, default=606, help="operations of a step with one batch norm group")
@@ -485,7 +494,8 @@ def main(argv: list[str] | None = None) -> bool:
         print_traffic(replace(run, ranks=ranks))
     machine = Machine(**{name: getattr(args, name) for name in Machine.__dataclass_fields__})
     print_model(run, machine, args)
-    return run_checks(args.check, CASES) if args.check else True
+    cases = [case for case in CASES if case.model in args.check_models]
+    return run_checks(args.check, cases) if args.check else True
 
 
 if __name__ == "__main__":

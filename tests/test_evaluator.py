@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -237,6 +237,50 @@ def test_half_types_are_computed_in_float32(dtype, metric, monkeypatch):
     case = make_case(20, 75, 16, 6, 2, "normal", 7, metric=metric, dtype=dtype)
     case.q, case.g = (torch.from_numpy(a).to(dtype).double().numpy() for a in (case.q, case.g))
     assert_equal(evaluate_cases([case])[0], reference(case))
+
+
+def last_bits(tile: torch.Tensor, mine: Shard) -> torch.Tensor:
+    """The tile with about half of its entries one floating-point number higher: sums that were split in other ways."""
+    rows = torch.arange(len(tile), device=tile.device)[:, None]
+    up = features.hashes((rows * 100_003 + mine.indices).numpy().astype(np.uint64)) % np.uint64(2) == 0
+    return torch.where(torch.from_numpy(up), torch.nextafter(tile, torch.full_like(tile, torch.inf)), tile)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_twins_may_differ_in_the_last_bit(metric, monkeypatch):
+    """A gallery with every image twice; the two products differ, as where a matrix product splits its sums by tile.
+
+    No result changes while both have one identity; else a match changes places with its own twin alone.
+    """
+    case = make_case(20, 60, 6, 7, 3, "normal", 5, metric=metric)
+    case.g, case.g_camids = np.tile(case.g, (2, 1)), np.tile(case.g_camids, 2)
+    one_pid, other_pid = np.tile(case.g_pids, 2), np.concatenate([case.g_pids, case.g_pids + 100])
+    match_first = replace(case, g_pids=other_pid)
+    reverse = np.arange(120)[::-1].copy()
+    twin_first = replace(case, g=case.g[reverse], g_pids=other_pid[reverse], g_camids=case.g_camids[reverse])
+    same = replace(case, g_pids=one_pid)
+    [quiet], [best], [worst] = (evaluate_cases([c]) for c in (same, match_first, twin_first))
+    assert (best.ap > worst.ap + 1e-3).any()
+
+    tile, moved = Shard.tile, []
+
+    def noisy(self, feats, buffer):
+        products, order = tile(self, feats, buffer)
+        noise = last_bits(products, self)
+        moved.append((noise != products).any())
+        return products.copy_(noise), order
+
+    monkeypatch.setattr(Shard, "tile", noisy)
+    for world_size in (1, 3):
+        for found in run_ranks(world_size, evaluate_cases, [same]):
+            for name in ("ap", "inp", "cmc"):
+                np.testing.assert_array_equal(getattr(found[0], name), getattr(quiet, name))
+        for [found] in run_ranks(world_size, evaluate_cases, [match_first]):
+            assert (found.ap <= best.ap + 1e-12).all() and (found.ap >= worst.ap - 1e-12).all()
+            assert found.mAP not in (best.mAP, worst.mAP)
+    evaluate_cases([same])
+    assert moved and all(moved)
 
 
 def list_cases(cases_and_queries, k):

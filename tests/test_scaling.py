@@ -52,7 +52,7 @@ def test_a_part_is_there_when_the_run_has_it(change, part):
 
 
 def test_one_gather_a_layer_in_place_of_two_sums(monkeypatch):
-    """The formulas of groups that span ranks, today's and those of one gather: 2 C numbers of each rank."""
+    """Groups that span ranks: today's formulas, and those of one gather of 2 C numbers from each of its ranks."""
     for spanning, wanted in (
         (scaling.THREE_SUMS, {("all_reduce", 4 * n): 2 for n in (4, 6)} | {("all_reduce", 8 * n): 1 for n in (4, 6)}),
         (
