@@ -183,7 +183,10 @@ class Counting(TorchDispatchMode):
 
 
 def bytes_sent() -> int:
-    """What the kernel has sent so far on this process's TCP connections, those of the rendezvous left out (Linux)."""
+    """What the kernel was given so far to send on this process's TCP connections, those of the rendezvous left out.
+
+    Linux's tcp_info: bytes_sent - bytes_retrans + notsent_bytes.
+    """
     total = 0
     for link in Path("/proc/self/fd").iterdir():
         try:
@@ -201,7 +204,8 @@ def bytes_sent() -> int:
                 continue
             if int(os.environ.get("MASTER_PORT", 0)) not in ports:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("<Q", info, 200)[0]  # tcpi_bytes_sent
+                sent, again = struct.unpack_from("<QQ", info, 200)
+                total += sent - again + struct.unpack_from("<I", info, 144)[0]
     return total
 
 
