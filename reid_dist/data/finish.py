@@ -47,7 +47,7 @@ def finish(
             rows = np.flatnonzero(a.erase[:, 2])
             fill = torch.zeros_like(out)
             fill[to_device(torch.from_numpy(rows), images.device)] = noise(a.noise[rows], out[: len(rows)])
-        # In place: new memory for the result would cost a CPU a third more.
+        # In place: new memory for the result costs a CPU more.
         torch.where(_inside(*sides), fill, out, out=out)
     return out.reshape(n, h, w, c).permute(0, 3, 1, 2).to(dtype)
 
@@ -81,10 +81,10 @@ def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 def _sides(boxes: np.ndarray, images: torch.Tensor) -> list[np.ndarray]:
     """(n, H) and (n, 3 W) uint8: 1 for the rows, and for the values of a row, that boxes (n, 4) y, x, h, w cover.
 
-    Made on the host: a few microseconds there, a dozen operations on the device.
+    Made on the host: on the device they are a dozen operations, each of which the host would have to issue.
     """
-    y, x, h, w = boxes.T[:, :, None]
-    rows, columns = np.arange(images.shape[1]), np.arange(images.shape[2]).repeat(3)
+    y, x, h, w = boxes.astype(np.int32).T[:, :, None]
+    rows, columns = np.arange(images.shape[1], dtype=np.int32), np.arange(images.shape[2], dtype=np.int32).repeat(3)
     inside = [(rows >= y) & (rows < y + h), (columns >= x) & (columns < x + w)]
     return [side.view(np.uint8) for side in inside]
 
