@@ -112,7 +112,7 @@ def part_of_code(filename: str, function: str) -> str:
         return "gather" if function == "gather_rows" else "update"
     if file.name in ("batch_norm.py", "batchnorm.py"):
         return "batch norm"
-    if file.name in ("finish.py", "photometric.py"):
+    if file.name in ("finish.py", "photometric.py", "transfer.py"):
         return "finishing"
     if file.parent.name in ("losses", "optim"):
         return {"losses": "losses", "optim": "update"}[file.parent.name]

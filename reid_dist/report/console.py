@@ -149,8 +149,8 @@ class Reporter:
         if len(self.waits) >= ENOUGH_WAITS and wait > SLOW_DATA:
             self.say_once(
                 "data wait",
-                f"warning   {wait:.0%} of the time the network waits for images: more DATA.NUM_WORKERS, "
-                "DATA.CACHE encoded, or on a GPU DATA.DECODE_DEVICE gpu",
+                f"warning   {wait:.0%} of the time the network waits for images: raise DATA.NUM_WORKERS or set "
+                "DATA.CACHE resized",
             )
 
     def end_progress(self) -> None:
