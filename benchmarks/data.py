@@ -111,8 +111,8 @@ def measure(open_stream: Any, steps: int, batch: int, device: torch.device) -> C
             next(stream)
         synchronize(device)
         seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
-    tick = 1 / os.sysconf("SC_CLK_TCK")  # less than that cannot be told
-    return Cost(steps * batch / seconds, 1e3 * max(cpu, tick) / (steps * batch))
+    cpu = max(cpu, 1 / os.sysconf("SC_CLK_TCK"))  # the clock's tick: a short stretch can take less
+    return Cost(steps * batch / seconds, 1e3 * cpu / (steps * batch))
 
 
 def cpu_seconds() -> float:
