@@ -46,9 +46,7 @@ FP32 = 4
 # DDP's, in bytes: of the bucket that is reduced first, and of all others.
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
 # A layer's collectives where a batch norm group spans ranks: (when, kind, fp32 numbers per channel).
-THREE_SUMS = (("forward", "all_reduce", 1), ("forward", "all_reduce", 1), ("backward", "all_reduce", 2))
-ONE_GATHER = (("forward", "all_gather", 2), ("backward", "all_reduce", 2))
-SPANNING = THREE_SUMS
+SPANNING = (("forward", "all_gather", 2), ("backward", "all_reduce", 2))
 
 WARM_STEPS, COUNTED_STEPS = 2, 2
 SETTINGS = (
@@ -332,6 +330,7 @@ class Machine:
     tflops: float
     host_ops: int
     group_ops: int
+    span_ops: int
     host_us: float
     collective_host_us: float
     gpus_per_node: int
@@ -378,7 +377,8 @@ def model_step(run: Run, machine: Machine, log_step: int) -> Step:
     seconds = {c: collective_seconds(c, machine) for c in set(found)}
     compute = run.images * 3 * run.network.flops / (machine.tflops * 1e12)
     groups = max(1, run.images // (run.bn_group or run.ranks * run.images))
-    ops = machine.host_ops + (groups - 1) * machine.group_ops
+    spans = (run.bn_group or run.ranks * run.images) > run.images
+    ops = machine.host_ops + (groups - 1) * machine.group_ops + spans * machine.span_ops
     host = ops * machine.host_us * 1e-6 + len(found) * machine.collective_host_us * 1e-6
     beside = [seconds[c] for c in found if c.when == "backward"]
     last = [seconds[c] for c in found if c.part == "gradients"][-1:]
@@ -419,7 +419,8 @@ def print_model(run: Run, machine: Machine, args: argparse.Namespace) -> None:
     print(
         f"  arithmetic: {machine.tflops:g} TFLOP/s reached, {3 * run.network.flops / 1e9:.1f} GFLOP an image, both "
         f"ways\n  host: {machine.host_ops} operations of {machine.host_us:g} us, {machine.group_ops} more for each "
-        f"further batch norm group on a GPU; {machine.collective_host_us:g} us a collective\n"
+        f"further batch norm group on a GPU or {machine.span_ops} for one that spans GPUs; "
+        f"{machine.collective_host_us:g} us a collective\n"
         f"  network: {machine.gpus_per_node} GPUs a node with {machine.nvlink:g} GB/s of NVLink each; {machine.nics} "
         f"cards a node of {machine.nic:g} GB/s\n  a collective: {machine.launch_us:g} us, {machine.hop_us:g} us a hop "
         f"inside a node, {machine.net_hop_us:g} us a hop between nodes"
@@ -469,8 +470,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     m = p.add_argument_group("assumptions of the model")
     m.add_argument("--tflops", type=float, default=140, help="rate of the step's arithmetic, TFLOP/s")
-    m.add_argument("--host-ops", type=int, default=606, help="operations of a step with one batch norm group")
-    m.add_argument("--group-ops", type=int, default=79, help="operations for each further group on a GPU")
+    m.add_argument("--host-ops", type=int, default=459, help="operations of a step with one batch norm group")
+    m.add_argument("--group-ops", type=int, default=216, help="more for each further group on a GPU")
+    m.add_argument("--span-ops", type=int, default=648, help="more where a group spans GPUs, collectives aside")
     m.add_argument("--host-us", type=float, default=10, help="host time of each, microseconds")
     m.add_argument("--collective-host-us", type=float, default=30, help="host time of a collective, microseconds")
     m.add_argument("--gpus-per-node", type=int, default=8)

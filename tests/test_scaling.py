@@ -51,18 +51,11 @@ def test_a_part_is_there_when_the_run_has_it(change, part):
     assert not collectives(replace(RUN, ranks=1, **change))
 
 
-def test_one_gather_a_layer_in_place_of_two_sums(monkeypatch):
-    """Groups that span ranks: today's formulas, and those of one gather of 2 C numbers from each of its ranks."""
-    for spanning, wanted in (
-        (scaling.THREE_SUMS, {("all_reduce", 4 * n): 2 for n in (4, 6)} | {("all_reduce", 8 * n): 1 for n in (4, 6)}),
-        (
-            scaling.ONE_GATHER,
-            {("all_gather", 8 * n * 2): 1 for n in (4, 6)} | {("all_reduce", 8 * n): 1 for n in (4, 6)},
-        ),
-    ):
-        monkeypatch.setattr(scaling, "SPANNING", spanning)
-        found = [c for c in collectives(replace(RUN, bn_group=4)) if c.part == "batch norm groups"]
-        assert Counter((c.kind, c.nbytes) for c in found) == wanted and {c.ranks for c in found} == {2}
+def test_a_group_that_spans_ranks_gathers_once_and_sums_once_per_layer():
+    """2 C numbers from each of its ranks forward, 2 C backward."""
+    found = [c for c in collectives(replace(RUN, bn_group=4)) if c.part == "batch norm groups"]
+    wanted = {("all_gather", 8 * n * 2): 1 for n in (4, 6)} | {("all_reduce", 8 * n): 1 for n in (4, 6)}
+    assert Counter((c.kind, c.nbytes) for c in found) == wanted and {c.ranks for c in found} == {2}
 
 
 def test_a_ring_sends_each_byte_as_often_as_it_must():
@@ -71,7 +64,7 @@ def test_a_ring_sends_each_byte_as_often_as_it_must():
 
 
 def test_the_model_adds_up(capsys):
-    machine = scaling.Machine(100, 600, 80, 10, 30, 8, 300, 50, 8, 8, 1, 4)
+    machine = scaling.Machine(100, 600, 80, 0, 10, 30, 8, 300, 50, 8, 8, 1, 4)
     alone = scaling.model_step(replace(RUN, ranks=1), machine, 20)
     assert alone.exposed == 0 and alone.total == pytest.approx(600e-5)  # the host's: 6e9 flops take 60 us
     assert alone.compute == pytest.approx(6e9 / 100e12)
