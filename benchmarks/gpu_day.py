@@ -39,7 +39,7 @@ REPOSITORY = HERE.parent
 ARCHIVE = REPOSITORY / ".gpu" / "images.tar.xz"
 SPLITS = ("query", "bounding_box_test", "bounding_box_train")
 LARGEST_LOG = 400_000  # characters of one stage
-DRY_SCALE = 4  # what a busy laptop needs more than the limits, which are for a GPU machine
+DRY_SCALE = 8  # what a busy laptop needs more than the limits, which are for a GPU machine
 NO_CUDA = 3  # exit code of the first stage
 
 
