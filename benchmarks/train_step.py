@@ -54,6 +54,7 @@ from reid_dist.data.index import build_index
 from reid_dist.keys import CHOICES
 from reid_dist.models import find_backbone
 from reid_dist.optim import build_optimizer, lr_at, parameter_groups, set_lr
+from reid_dist.precision import CUBLAS_WORKSPACES, set_determinism
 from reid_dist.report import Reporter
 from reid_dist.step import AUTOCAST, Losses, build_objective, global_values
 from reid_dist.train import build_schedule, step_of, wrap
@@ -101,6 +102,8 @@ class Sample(NamedTuple):
 def main() -> None:
     args = read_arguments()
     device = torch.device(args.device)
+    # cuBLAS and torch read it once, at the first matrix product, which is not the trainer's here.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
     with ExitStack() as stack:
         root = args.root
         if root is None and "whole" in args.parts:
@@ -161,6 +164,12 @@ def read_arguments() -> argparse.Namespace:
 def build_trainer(opts: dict[str, Any], device: torch.device) -> Trainer:
     """The trainer's step as `train.main` builds it on one rank from the defaults and `opts`. Raises ValueError."""
     cfg = read_config(opts, device)
+
+    def prepare() -> None:
+        set_arithmetic(cfg.TRAIN.PRECISION)
+        set_determinism(cfg.TRAIN.DETERMINISTIC == "on", device, cfg.TRAIN.COMPILE == "on")
+
+    prepare()  # a step is captured when it is built
     world = World(0, 0, 1, device)
     model = build_network(cfg, NUM_PIDS, world)
     objective = build_objective(cfg, NUM_PIDS, world)
@@ -172,13 +181,6 @@ def build_trainer(opts: dict[str, Any], device: torch.device) -> Trainer:
     learned = [p for p in model.backbone.parameters() if p.requires_grad]
     net = wrap(model, learned, objective, scaler, False, cfg, world)
     step = step_of(net, objective, optimizer, scaler, cfg, world, print)
-
-    def prepare() -> None:
-        set_arithmetic(cfg.TRAIN.PRECISION)
-        if "DETERMINISTIC" in cfg.TRAIN:
-            from reid_dist.precision import set_determinism
-
-            set_determinism(cfg.TRAIN.DETERMINISTIC == "on", device, cfg.TRAIN.COMPILE == "on")
 
     return Trainer(cfg, optimizer, prepare, step)
 
@@ -268,7 +270,6 @@ def parts_of(
         return
     with peak_of(device) as peak:
         trainer = build_trainer(options_of(group, args), device)
-        trainer.prepare()
         for _ in range(3):
             trainer.step(images, pids)
     if "step" in args.parts:

@@ -77,7 +77,6 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
 
 def step_of(keys: dict[str, Any], args: argparse.Namespace, device: torch.device) -> Callable[[], object]:
     trainer = build_trainer(keys, device)
-    trainer.prepare()
     images = torch.randn(args.batch, 3, *args.size).to(device, memory_format=torch.channels_last)
     pids = (torch.arange(args.batch) // 4).to(device)
     return lambda: trainer.step(images, pids)
