@@ -3,6 +3,7 @@ one file and not all; without a GPU all in one process, where they are counted a
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,13 @@ def main() -> None:
 
 
 def run(path: Path) -> int:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
+    lines = done.stdout.splitlines()
+    counts = [line for line in lines if re.fullmatch(r"GPU tests: .*|=* ?\d+ (passed|failed|skipped|errors?).*", line)]
     failed = [f"result:   {line}" for line in lines if line.startswith(("FAILED", "ERROR"))]
-    print("\n".join([done.stdout, done.stderr, f"result: {path.name}: {lines[-1].strip('= ')}", *failed]), flush=True)
+    said = "; ".join(line.strip("= ") for line in counts) or f"exit code {done.returncode}, see the log"
+    print("\n".join([done.stdout, done.stderr, f"result: {path.name}: {said}", *failed]), flush=True)
     return done.returncode
 
 
