@@ -75,6 +75,9 @@ def set_determinism(on: bool, device: torch.device, compiled: bool = False) -> N
                 f"TRAIN.DETERMINISTIC 'on': cuBLAS is not deterministic with the environment variable "
                 f"CUBLAS_WORKSPACE_CONFIG={workspace}; unset it, or set it to {' or '.join(CUBLAS_WORKSPACES)}"
             )
+        # torch sets this when the process group is made, if determinism is asked for by then; NCCL reads it when the
+        # first collective on a GPU starts, which comes later.
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")
     if compiled:
         torch.use_deterministic_algorithms(on)  # the compiler too
     else:

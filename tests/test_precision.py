@@ -144,6 +144,18 @@ def test_cublas_is_told_before_it_starts_unless_it_was_told_already(monkeypatch)
         set_determinism(True, gpu)
 
 
+def test_nccl_takes_no_algorithm_whose_sums_may_differ(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    set_determinism(True, torch.device("cuda", 0))
+    assert precision.os.environ["NCCL_ALGO"] == "Ring", "the user's choice"
+    monkeypatch.delenv("NCCL_ALGO")
+    set_determinism(False, torch.device("cuda", 0))
+    assert "NCCL_ALGO" not in precision.os.environ
+    set_determinism(True, torch.device("cuda", 0))
+    assert precision.os.environ["NCCL_ALGO"] == "^NVLS"
+
+
 # ---------------------------------------------------------------- the settings in effect in each command
 
 
