@@ -29,7 +29,7 @@ from .precision import AUTOCAST, fp32_products
 from .world import World
 
 # How fp32 is computed is a setting of the whole process: calls from several threads take turns.
-_turn = threading.Lock()
+_turn = threading.RLock()
 
 ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
 
