@@ -151,8 +151,7 @@ def evaluate(
         return Features(feats[here], pids, camids, rows[here] - start)
 
     query, gallery = part(test.query, 0), part(test.gallery, num_query)
-    with fp32_products("fp32"):
-        return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
+    return evaluate_features(query, gallery, cfg.TEST.DISTANCE), query, gallery
 
 
 def how_images_are_made(cfg: Any, world: dist.World) -> dict[str, Any]:
