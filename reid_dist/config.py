@@ -217,13 +217,7 @@ def check_config(cfg: CfgNode, world_size: int | None, cuda: bool) -> None:
         errors.append(f"TRAIN.LR_SCHEDULER.STEPSIZE {steps}: expected rising epochs, from 1 on")
     if not cfg.TEST.RERANK_LAMBDA <= 1:
         errors.append(f"TEST.RERANK_LAMBDA {cfg.TEST.RERANK_LAMBDA}: expected a share, 0 to 1")
-    if cfg.TEST.PRECISION == "fp16" and not cuda:
-        errors.append("TEST.PRECISION 'fp16': expected bf16 or fp32 on a machine without a GPU")
-    if cfg.TEST.PRECISION and cfg.TRAIN.PRECISION == "fp64":
-        errors.append(f"TEST.PRECISION {cfg.TEST.PRECISION!r} with TRAIN.PRECISION 'fp64': expected ''")
-    if cfg.TRAIN.CUDA_GRAPH == "on" and cfg.TRAIN.PRECISION == "fp64":
-        # The learning rate that a graph reads is a tensor in fp32.
-        errors.append("TRAIN.CUDA_GRAPH 'on' with TRAIN.PRECISION 'fp64': expected off")
+    errors += precision_errors(cfg, cuda)
     if not cfg.TRAIN.EMA < 1:
         errors.append(f"TRAIN.EMA {cfg.TRAIN.EMA}: expected less than 1, such as 0.999, or 0 for none")
     cosine = cfg.TRAIN.LR_SCHEDULER
@@ -239,20 +233,33 @@ def check_config(cfg: CfgNode, world_size: int | None, cuda: bool) -> None:
     for part, name in (("TAG", cfg.TAG), ("DATA.DATASET", cfg.DATA.DATASET)):
         if not name or name in (".", "..") or set(name) & set("/\\\0"):
             errors.append(f"{part} {name!r}: expected a name that can be a folder")
-    if cfg.MODEL.CLASSIFIER_SHARDED and cfg.TRAIN.PRECISION == "fp16":
-        # An overflow in one rank's rows would make that rank alone skip the step.
-        errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, tf32, fp32 or fp64")
     if cfg.MODEL.CLASSIFIER_SHARDED and cfg.MODEL.HEAD != "simple":
         # The gather carries the pair loss's features, and the shards need them after the batch norm.
         errors.append(f"MODEL.CLASSIFIER_SHARDED True with MODEL.HEAD {cfg.MODEL.HEAD!r}: expected simple")
     if cfg.MODEL.CLASSIFIER_SHARDED and not cfg.LOSS.GATHER:
         errors.append("MODEL.CLASSIFIER_SHARDED True with LOSS.GATHER False: expected LOSS.GATHER True")
-    if cfg.TRAIN.PRECISION == "fp16" and not cuda:
-        errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
     if not errors and world_size is not None:
         errors = check_batch(cfg, world_size)
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def precision_errors(cfg: CfgNode, cuda: bool) -> list[str]:
+    """A line for every precision that cannot be had on this machine or with another key's value."""
+    train, test, errors = cfg.TRAIN.PRECISION, cfg.TEST.PRECISION, []
+    if train == "fp16" and not cuda:
+        errors.append("TRAIN.PRECISION 'fp16': expected bf16, fp32 or fp64 on a machine without a GPU")
+    if train == "fp16" and cfg.MODEL.CLASSIFIER_SHARDED:
+        # An overflow in one rank's rows would make that rank alone skip the step.
+        errors.append("MODEL.CLASSIFIER_SHARDED True with TRAIN.PRECISION 'fp16': expected bf16, tf32, fp32 or fp64")
+    if train == "fp64" and cfg.TRAIN.CUDA_GRAPH == "on":
+        # The learning rate that a graph reads is a tensor in fp32.
+        errors.append("TRAIN.CUDA_GRAPH 'on' with TRAIN.PRECISION 'fp64': expected off")
+    if test == "fp16" and not cuda:
+        errors.append("TEST.PRECISION 'fp16': expected bf16 or fp32 on a machine without a GPU")
+    if test and train == "fp64":
+        errors.append(f"TEST.PRECISION {test!r} with TRAIN.PRECISION 'fp64': expected ''")
+    return errors
 
 
 def resolve(cfg: CfgNode, cuda: bool) -> None:
