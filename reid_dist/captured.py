@@ -8,7 +8,9 @@ On the CPU the same code runs with a plain call in place of the replay, for test
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
@@ -55,24 +57,34 @@ def warm_up(
     images.fill_(float("nan"))
     global_pids.copy_(torch.arange(len(global_pids)) % 2)
     before = scaler.state_dict()
-    side = _stream(images.device)
-    with torch.cuda.stream(side):
+    with beside(images.device):
         for _ in range(WARM_UP):
             _, bad = step(images, global_pids)
-    if side is not None:
-        torch.cuda.current_stream().wait_stream(side)
     assert bad.item() == 1.0, "a warm-up step has changed the weights"
     if scaler.is_enabled():
         scaler.load_state_dict(before)
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the current one, which CUDA graphs are warmed up on; None on the CPU."""
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Runs what is inside on the stream that steps are captured on; on the CPU as it is.
+
+    DDP has to be made in here, and the step to be warmed up: gradients are accumulated on the stream on which autograd's
+    nodes for them were made, and a capture cannot follow them to another one (PyTorch's notes on CUDA graphs).
+    """
     if device.type != "cuda":
-        return None
-    side = torch.cuda.Stream(device)
+        yield
+        return
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    return side
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream(device).wait_stream(side)
+
+
+@lru_cache(maxsize=1)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _Captured:
@@ -87,7 +99,8 @@ class _Captured:
         """Captures the step; runs nothing."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog and the threads that prepare images go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = _side_stream(self._images.device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._result = self._step(self._images, self._global_pids)
         self._graph = graph
 

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from . import dist, ema, preemption, watchdog
 from .build import build_loader, build_network, build_plan, image_dtype, read_index, read_same_command
-from .captured import Step, capture
+from .captured import Step, beside, capture
 from .config import flatten, parser, read_yaml, run_folder
 from .data.index import DatasetIndex
 from .data.plan import EpochPlan
@@ -301,9 +302,10 @@ def wrap(
     for p in learned:
         p.requires_grad_(not frozen)
         p.grad = None  # else a view into the old wrapper's buckets
-    ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
-    net = network_of(ddp, objective)
-    rehearse(net, objective, scaler, local_shape(cfg, world))
+    with beside(world.device) if cfg.TRAIN.CUDA_GRAPH == "on" else nullcontext():
+        ddp = dist.wrap_ddp(model, world.device, classifier_names(model) if model.sharded else [])
+        net = network_of(ddp, objective)
+        rehearse(net, objective, scaler, local_shape(cfg, world))
     return net
 
 
