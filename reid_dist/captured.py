@@ -69,7 +69,7 @@ def warm_up(
 def beside(device: torch.device) -> Iterator[None]:
     """Runs what is inside on the stream that steps are captured on; on the CPU as it is.
 
-    DDP has to be made in here, and the step to be warmed up: gradients are accumulated on the stream on which autograd's
+    DDP has to be made in here, and the step to be warmed up: gradients are added up on the stream on which autograd's
     nodes for them were made, and a capture cannot follow them to another one (PyTorch's notes on CUDA graphs).
     """
     if device.type != "cuda":
