@@ -472,7 +472,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     m.add_argument("--tflops", type=float, default=140, help="rate of the step's arithmetic, TFLOP/s")
     m.add_argument("--host-ops", type=int, default=459, help="operations of a step with one batch norm group")
     m.add_argument("--group-ops", type=int, default=216, help="more for each further group on a GPU")
-    m.add_argument("--span-ops", type=int, default=648, help="more where a group spans GPUs, collectives aside")
+    m.add_argument("--span-ops", type=int, default=702, help="more where a group spans GPUs, collectives aside")
     m.add_argument("--host-us", type=float, default=10, help="host time of each, microseconds")
     m.add_argument("--collective-host-us", type=float, default=30, help="host time of a collective, microseconds")
     m.add_argument("--gpus-per-node", type=int, default=8)

@@ -185,7 +185,7 @@ def config(args: argparse.Namespace, group: int, batch: int, size: tuple[int, in
 
 
 def two_ranks_in_one() -> Any:
-    """Collectives of a batch norm group stand-ins: each rank's share is doubled, in one operation."""
+    """Replaces a batch norm group's collectives by doubling this rank's share, one operation each."""
     return mock.patch.multiple(
         dist,
         consecutive_ranks=lambda size: None,

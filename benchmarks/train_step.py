@@ -51,6 +51,7 @@ from reid_dist.build import build_loader, build_network, make_plan
 from reid_dist.config import bare_parser, check_config, defaults, flatten, load_config, resolve
 from reid_dist.data import synthetic
 from reid_dist.data.index import build_index
+from reid_dist.failure import UserError
 from reid_dist.keys import CHOICES
 from reid_dist.models import find_backbone
 from reid_dist.optim import build_optimizer, lr_at, parameter_groups, set_lr
@@ -373,7 +374,11 @@ def compare_parts(
                     samples.setdefault(name, []).append(run(parts[name], steps[name], device))
             syncs = {name: count_syncs(part, device) for name, part in parts.items()}
             rows = [row_of(group, name, parts[name], samples, syncs[name], found) for name in parts]
-    except (RuntimeError, ValueError) as error:  # out of memory, a capture that fails: the other rows are worth having
+    except (
+        RuntimeError,
+        ValueError,
+        UserError,
+    ) as error:  # such as out of memory: the other rows count
         rows = [group | {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
     parts = {}
     gc.collect()

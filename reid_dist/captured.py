@@ -26,7 +26,8 @@ WARM_UP = 11
 def capture(
     step: Step, scaler: torch.amp.GradScaler, images: torch.Tensor, global_pids: torch.Tensor
 ) -> tuple[Step, str]:  # all ranks
-    """(the step as a replay, a line about it). All ranks capture, or all go on without where one cannot.
+    """(the step as a replay, a line about it). If a rank cannot capture, all ranks end with an error message: a failed
+    capture leaves DDP and the allocator in states from which training cannot continue.
 
     step: (images (B, 3, H, W), global_pids (N,)) -> (losses, flag of a step that was left out), which must not wait for
     the device; images, global_pids: tensors like those of every step, whose memory is kept and whose values are lost.
@@ -35,16 +36,22 @@ def capture(
     captured = _Captured(step, images, global_pids)
     warm_up(step, scaler, images, global_pids)
     if images.device.type != "cuda":
-        return captured, "graph     TRAIN.CUDA_GRAPH on: nothing to capture on a CPU, steps are called as they are"
+        return captured, "graph     TRAIN.CUDA_GRAPH on: nothing to capture on a CPU, steps run without a graph"
     problem = ""
     try:
         captured.record()
     except RuntimeError as error:
-        problem = " ".join(str(error).split())[:300]
+        problem = " ".join(str(error.__context__ or error).split())[:300]  # the end of the capture hides its cause
+    agree_on_capture(problem)
+    watchdog.limit_replays()
+    return captured, "graph     the step is a CUDA graph"
+
+
+def agree_on_capture(problem: str) -> None:  # all ranks
+    """Ends all ranks if one could not capture; problem: why this rank could not, or ''."""
     problems = [p for p in dist.gather_objects(problem) if p]
     if problems:
-        return step, f"graph     the step cannot be captured, training runs without a graph: {problems[0]}"
-    return captured, "graph     the step is a CUDA graph"
+        dist.fail(f"TRAIN.CUDA_GRAPH on: the step cannot be captured ({problems[0]}); set TRAIN.CUDA_GRAPH off")
 
 
 def warm_up(
@@ -52,10 +59,10 @@ def warm_up(
 ) -> None:  # all ranks
     """Runs steps that change nothing: of images that are not finite, whose update every part of a step leaves out.
 
-    They make what a capture must find made: the optimizer's state, constants, cuDNN's and DDP's plans.
+    They create what must exist before a capture: the optimizer's state, constants, cuDNN's and DDP's plans.
     """
     images.fill_(float("nan"))
-    global_pids.copy_(torch.arange(len(global_pids)) % 2)
+    global_pids.zero_()
     before = scaler.state_dict()
     with beside(images.device):
         for _ in range(WARM_UP):
@@ -67,7 +74,7 @@ def warm_up(
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Runs what is inside on the stream that steps are captured on; on the CPU as it is.
+    """Runs what is inside on the stream that steps are captured on; does nothing on a CPU.
 
     DDP has to be made in here, and the step to be warmed up: gradients are added up on the stream on which autograd's
     nodes for them were made, and a capture cannot follow them to another one (PyTorch's notes on CUDA graphs).

@@ -56,7 +56,7 @@ class Objective:
 
 
 class Network(NamedTuple):
-    """A model on its way through a step, with what would otherwise be looked up in every step."""
+    """A wrapped model, and the parts of it that every step needs."""
 
     call: Callable[..., Any]  # ddp, or ddp compiled
     ddp: nn.Module  # what `dist.wrap_ddp` made of the model
@@ -72,7 +72,7 @@ def network_of(ddp: nn.Module, objective: Objective) -> Network:
     call = torch.compile(ddp, dynamic=False) if objective.compile else ddp
     half = None
     if objective.autocast is not None and not objective.compile:
-        half = HalfWeights(model, objective.autocast)
+        half = HalfWeights(model, objective.autocast, leave=(model.classifier,) if model.sharded else ())
     return Network(call, ddp, model, list(model.parameters()), batch_norms(model), half)
 
 
@@ -156,7 +156,7 @@ def backward(
     images: torch.Tensor,
     global_pids: torch.Tensor,
 ) -> tuple[Losses, Noted]:  # all ranks
-    """Forward, losses, and their gradients averaged over ranks; and what batch norm has noted, on its way."""
+    """Forward, losses, and their gradients averaged over ranks; and the statistics that batch norm has noted."""
     watchdog.at("forward")
     if net.half is not None:
         net.half.update()

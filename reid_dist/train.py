@@ -177,6 +177,7 @@ def fit(
             log_due = state.step % cfg.TRAIN.LOG_STEP == 0 or state.step == last
             if log_due or preempted or save_due(state.step, cfg, plan) or test_due(state.step, cfg, plan):
                 settle(unread, state, cfg, index, plan, reporter)  # here alone the host waits for the device
+                watchdog.at("log")
             event = None
             if log_due:
                 values = {k: finite_or_none(v) for k, v in global_values(losses, batch_size).items()}

@@ -23,10 +23,11 @@ from .failure import end_now, print_error
 class _Stand:
     step, phase, since, rank, limit_s = 0, "start", time.monotonic(), 0, 900.0
     log: Path | None = None
+    replays = False
 
 
 def at(phase: str, step: int | None = None) -> None:
-    """This rank begins a phase: data, forward, gather, backward, update, evaluation, save; costs nothing."""
+    """This rank begins a phase: data, forward, gather, backward, update, replay, evaluation, save; costs nothing."""
     _Stand.phase, _Stand.since = phase, time.monotonic()
     if step is not None:
         _Stand.step = step
@@ -60,8 +61,14 @@ def set_rank(rank: int) -> None:
 
 
 def set_limit(seconds: float) -> None:
-    """A rank that stays in one phase for `seconds` says so; in a replay it ends after twice that, DIST.TIMEOUT_S."""
+    """Sets after how many seconds in one phase a rank says where it is."""
     _Stand.limit_s = seconds
+
+
+def limit_replays() -> None:
+    """Makes a rank end after twice the limit (DIST.TIMEOUT_S) in the replay of a captured step, or in the phase data,
+    where the host waits once it has queued many replays."""
+    _Stand.replays = True
 
 
 @contextmanager
@@ -86,7 +93,7 @@ def _watch(done: threading.Event) -> None:
     told = 0.0
     while not done.wait(min(1.0, _Stand.limit_s / 4)):
         since = _Stand.since
-        if _Stand.phase == "replay" and time.monotonic() - since > 2 * _Stand.limit_s:
+        if _Stand.replays and _Stand.phase in ("replay", "data") and time.monotonic() - since > 2 * _Stand.limit_s:
             end_replay()
         if time.monotonic() - since > _Stand.limit_s and since != told:
             told = since
@@ -98,7 +105,7 @@ def _watch(done: threading.Event) -> None:
 
 def end_replay() -> NoReturn:
     """Ends this rank: NCCL's own limit does not see the collectives inside a CUDA graph, which would wait for ever."""
-    line = f"{where()}: a captured step has not finished within DIST.TIMEOUT_S; another rank may be lost"
+    line = f"{where()}: a captured step has not finished within DIST.TIMEOUT_S"
     write_log(line)
     write_stacks()
     print_error(line)

@@ -157,19 +157,45 @@ def bf16_over_ranks():
     batch_norm._backward = backward
     for name in ("group_gather", "group_sum"):
         setattr(dist, name, counting(name))
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    grads = []
+    y = x.requires_grad_() * 1  # a leaf's gradient takes the leaf's format
+    y.register_hook(lambda grad: grads.append(grad))
     with Watching():
-        bn(x.requires_grad_()).backward(dy)
+        bn(y).backward(dy)
     saved = [args[5:7] for args in given]
-    return x.grad.dtype, set(large), collectives, [[t is not None and t.numel() for t in pair] for pair in saved]
+    kept = grads[0].is_contiguous(memory_format=torch.channels_last) and given[0][-1] == [False, True, True]
+    return (
+        grads[0].dtype,
+        set(large),
+        collectives,
+        [[t is not None and t.numel() for t in pair] for pair in saved],
+        kept,
+    )
 
 
 @pytest.mark.ranks
 def test_a_group_over_ranks_gives_the_kernels_what_cuda_requires():
     """CUDA's backward asserts that save_mean and save_invstd are there, whether or not it uses them."""
-    for grad_dtype, large, collectives, saved in run_ranks(2, bf16_over_ranks):
+    for grad_dtype, large, collectives, saved, kept in run_ranks(2, bf16_over_ranks):
+        assert kept, "the kernel's own dx is contiguous on CUDA whatever the format of x"
         assert saved == [[CHANNELS, CHANNELS]]
         assert collectives == ["group_gather", "group_sum"], "one forward and one backward for each layer"
         assert grad_dtype == torch.bfloat16 and large == {torch.bfloat16}, "no fp32 copies of activations"
+
+
+def fp16_over_ranks():
+    """The largest gradient of a layer over two ranks, where the sum of dy over all elements exceeds fp16's range."""
+    bn = GroupBatchNorm(nn.BatchNorm2d(2), 16)
+    x = torch.randn(8, 2, 64, 80, generator=torch.Generator().manual_seed(dist.rank())).half().requires_grad_()
+    bn(x).backward(torch.ones_like(x))
+    return x.grad.abs().max().item()
+
+
+@pytest.mark.ranks
+def test_sums_over_a_group_do_not_overflow_fp16():
+    assert torch.finfo(torch.float16).max < 8 * 64 * 80 * 2
+    assert all(value < 0.01 for value in run_ranks(2, fp16_over_ranks))
 
 
 def test_gradcheck():

@@ -13,6 +13,7 @@ from reid_dist import dist
 from reid_dist.captured import WARM_UP, capture
 from reid_dist.checkpoint import copy_tensors, digest
 from reid_dist.config import check_config, defaults
+from reid_dist.failure import UserError
 from reid_dist.step import train_step
 from tests import ranks
 from tests.gpu.parts import alone, batch, global_values, state_of, trainer
@@ -26,6 +27,8 @@ CPU = torch.device("cpu")
 def compiled_losses(network, text, num_steps):
     """The losses of some steps on this rank, eager and compiled."""
     torch._inductor.config.compile_threads = 1  # a forked rank must not fork again
+    torch._dynamo.reset()  # a forked rank inherits what the tests before have compiled
+    torch._dynamo.utils.counters.clear()
     results = []
     for compile in ("off", "on"):
         t = trainer(
@@ -41,6 +44,11 @@ def compiled_losses(network, text, num_steps):
             assert not bad
             losses.append(list(global_values(found, t.cfg.DATA.TRAIN_BATCH).values()))
         results.append(np.array(losses))
+    # A negative control: what could not be compiled would run eagerly, and agree.
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 3, "the network and two losses"
+    if dist.world_size() == 1:
+        assert not counters["graph_break"]
     return results
 
 
@@ -117,11 +125,22 @@ def captured_trainer(text=""):
     return t, captured, before
 
 
-@pytest.mark.parametrize("text", ["", "LOSS.CENTER 0.1", "TRAIN.OPTIMIZER.NAME sgd", "TRAIN.MICRO_BATCH 8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "LOSS.CENTER 0.1",
+        "TRAIN.OPTIMIZER.NAME sgd",
+        "TRAIN.MICRO_BATCH 8",
+        "TRAIN.PRECISION fp16",
+        "MODEL.POOL gem",
+    ],
+)
 def test_the_warm_up_is_thrown_away(text):
     t, _, before = captured_trainer(text)
     after = state_of(t)
     assert digest(after["model"]) == digest(before["model"]) and WARM_UP > 1
+    assert after["scaler"] == before["scaler"]
     for state in after["optimizer"]["state"].values():
         assert all(not value.any() for value in state.values()), "as an optimizer that has not begun"
 
@@ -141,6 +160,24 @@ def test_a_step_that_changes_weights_in_the_warm_up_is_an_error():
     images, pids = batch(t.cfg, alone(CPU), 0)
     with pytest.raises(AssertionError, match="warm-up"):
         capture(lambda x, y: (None, torch.zeros(())), t.parts.scaler, images, pids)
+
+
+def disagree():
+    """On each of two ranks, of which the second cannot capture."""
+    from reid_dist.captured import agree_on_capture
+
+    agree_on_capture("")  # nobody has a problem: training goes on
+    try:
+        agree_on_capture("an operation waits" if ranks.world.rank == 1 else "")
+    except UserError:
+        return "ended"
+    return "went on"
+
+
+@pytest.mark.ranks
+def test_all_ranks_end_where_one_cannot_capture(capfd):
+    assert run_ranks(2, disagree) == ["ended", "ended"]
+    assert "cannot be captured (an operation waits); set TRAIN.CUDA_GRAPH off" in capfd.readouterr().err
 
 
 def test_a_graph_refuses_fp64():

@@ -69,6 +69,43 @@ def test_weights_are_back_after_a_forward_also_a_failed_one():
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
 
 
+def order_of_backward(half):
+    """The order in which five layers compute their gradients and their weights get theirs."""
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(5)]
+    order = []
+    for i, layer in enumerate(layers):
+        layer.register_full_backward_hook(lambda module, grad_in, grad_out, i=i: order.append(f"layer {i}"))
+        layer.weight.register_post_accumulate_grad_hook(lambda p, i=i: order.append(f"weight {i}"))
+    net = nn.Sequential(*layers)
+    x = torch.randn(3, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        copies = HalfWeights(net, torch.bfloat16) if half else None
+        if copies is not None:
+            copies.update()
+            with copies.in_use():
+                y = net(x)
+        else:
+            y = net(x)
+    y.float().sum().backward()
+    return order
+
+
+def test_weights_get_their_gradients_while_the_backward_runs(monkeypatch):
+    """DDP sends them from then on: casting all of them at the end would leave nothing to send beside the backward."""
+    monkeypatch.setattr("reid_dist.models.half_weights._CHUNK", 16)  # a chunk for each layer
+    order = order_of_backward(half=True)
+    assert [e for e in order if e.startswith("weight")] == [f"weight {i}" for i in (4, 3, 2, 1, 0)]
+    for i in range(1, 5):
+        assert order.index(f"weight {i}") < order.index(f"layer {i - 1}"), order
+    assert sorted(order) == sorted(order_of_backward(half=False))
+
+
+def test_a_module_that_is_called_elsewhere_has_no_copy():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    places = [p for chunk in HalfWeights(net, torch.bfloat16, leave=(net[1],))._chunks for p in chunk]
+    assert {p.module for p in places} == {net[0]}
+
+
 def test_frozen_weights_get_no_gradient():
     model = copy.deepcopy(network())
     for p in model.backbone.parameters():

@@ -2,7 +2,7 @@
 
 `MODEL.BN_GROUP` consecutive images of the global batch share their statistics. A group smaller than a rank's share is
 a ghost group (Hoffer et al., Train longer, generalize better, NIPS 2017), a larger one is synchronised over the
-consecutive ranks that hold it. 32 is what made Simple-ReID's numbers: a batch of 64 on two GPUs.
+consecutive ranks that hold it. Simple-ReID's results used 32: a batch of 64 on two GPUs.
 
 Running statistics take the mean over the groups of a step: mean of the means, mean of the unbiased variances (n is the
 group's number of elements per channel). `note` takes the statistics of a forward; `update_running_stats`, once a step,
@@ -96,8 +96,8 @@ class GroupNormalize(torch.autograd.Function):
         return *own, None, None, None
 
 
-# The same for torch.compile, as an operator whose shapes it knows and whose inside it leaves alone: it would take the
-# kernels apart and cannot follow collectives.
+# The same for torch.compile, as an opaque operator with known output shapes: the compiler would replace the kernels by
+# its own, and it cannot trace collectives.
 @torch.library.custom_op(
     "reid_dist::group_norm",
     mutates_args=(),
@@ -168,21 +168,23 @@ def shared_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # all ranks of the group
     """(dx, this rank's dw, this rank's db) of a group held by num_ranks ranks, without fp32 copies of activations.
 
-    With the statistics held fixed the kernel gives dx = dy w / s. What flows through mean and variance is
-    -(w / s) (sum(dy) + xhat sum(dy xhat)) / n, the sums over all ranks of the group: a batch norm of x with these
-    factors as bias and weight.
+    dx = (w / s) (dy - (sum(dy) + xhat sum(dy xhat)) / n), the sums over all ranks of the group. The second term is a
+    batch norm of x with these factors as bias and weight, which the kernel writes in x's memory format.
     """
-    # CUDA's kernel requires save_mean and save_invstd; the CPU's ignores them when the statistics are fixed.
-    dx, dw, db = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, [True, True, True])
+    # CUDA's kernel requires save_mean and save_invstd; the CPU's ignores them when the statistics are fixed. The
+    # kernel's dx is not used: on CUDA it is contiguous whatever the format of x.
+    _, dw, db = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, [False, True, True])
     sums = dist.group_sum(torch.stack([dw, db]), dist.consecutive_ranks(num_ranks))
-    sums.mul_(weight * invstd)
-    through_statistics = _normalize(x, sums[0], sums[1], mean, var, False, 0.0, eps)[0]
-    dx.add_(through_statistics, alpha=-1 / (x[:, 0].numel() * num_ranks))
+    scale = weight * invstd
+    # 1 / n first: in fp16 the sums over n elements can overflow.
+    sums.mul_(scale * (-1 / (x[:, 0].numel() * num_ranks)))
+    dx = _normalize(x, sums[0], sums[1], mean, var, False, 0.0, eps)[0]
+    dx.addcmul_(dy, scale.view(1, -1, *[1] * (x.dim() - 2)))
     return dx, dw, db
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """x itself where it fills its memory, else a copy: on a view of some channels the CPU's kernels compute rubbish."""
+    """x itself where it fills its memory, else a copy: on a view of some channels the CPU's kernels are wrong."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     channels_last = x.dim() == 4 and x.stride(1) == 1
@@ -261,7 +263,7 @@ def note(norms: list[GroupBatchNorm]) -> None:
 
 
 class Noted(NamedTuple):
-    """Statistics on their way to the running ones: of which layers, and what waits for their means over ranks."""
+    """Statistics that the running ones have not taken in yet, with the all-reduce that averages them over ranks."""
 
     norms: list[GroupBatchNorm]
     means: Callable[[], torch.Tensor]  # (2, sum of the layers' C): means, unbiased variances

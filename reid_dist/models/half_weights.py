@@ -52,11 +52,12 @@ class _Copies(torch.autograd.Function):
 class HalfWeights:
     """The copies of a model's convolution and linear weights in `dtype`; memory: 2 bytes for each weight."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, leave: tuple[nn.Module, ...] = ()) -> None:
+        """leave: modules that are not called within `in_use`."""
         self._chunks: list[list[_Place]] = []
         room = 0
         for module in model.modules():
-            if type(module).forward not in _FORWARDS:
+            if type(module).forward not in _FORWARDS or module in leave:
                 continue
             for name, weight in module.named_parameters(recurse=False):
                 if weight.numel() > room:
@@ -69,17 +70,22 @@ class HalfWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes over the weights as they are now."""
+        """Copies the current weights."""
         torch._foreach_copy_(self._copies, self._weights)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """While inside, the model's layers compute with the copies; gradients go to the weights."""
-        for chunk in self._chunks:
-            copies = _Copies.apply(chunk, *(place.weight for place in chunk))
-            for place, copy in zip(chunk, copies, strict=True):
-                place.module._parameters[place.name] = copy
         try:
+            for chunk in self._chunks:
+                copies = _Copies.apply(chunk, *(place.weight for place in chunk))
+                node = next((c.grad_fn for c in copies if c.grad_fn is not None), None)
+                if node is not None:
+                    # Backward, autograd runs the ready node that was made last, and this one was made before the whole
+                    # network. With the highest number, it runs as soon as its chunk's gradients are complete.
+                    node._set_sequence_nr(2**63 - 1)
+                for place, copy in zip(chunk, copies, strict=True):
+                    place.module._parameters[place.name] = copy
             yield
         finally:
             for chunk in self._chunks:

@@ -26,7 +26,7 @@ class IBN(nn.Module):
         self.BN = nn.BatchNorm2d(channels - self.first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # torch's instance norm works in contiguous memory; the network goes on in the format that it came in.
+        # torch's instance norm works in contiguous memory; the result is converted back to the network's format.
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         first = self.IN(x[:, : self.first]).contiguous(memory_format=layout)

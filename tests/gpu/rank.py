@@ -4,12 +4,16 @@ A process of its own, not a fork: a fork of a process that has used CUDA cannot 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from reid_dist import dist
+from reid_dist.captured import beside, capture
+from reid_dist.checkpoint import digest
+from reid_dist.step import train_step
 from tests.gpu.parts import batch, deterministic, digest_of_steps, one_step, state_of, steps, trainer
 
 
@@ -101,6 +105,8 @@ def one_rank(world):
     assert type(ddp.net.ddp).__name__ == "DistributedDataParallel"
     with deterministic():
         found = {"plain": digest_of_steps(plain, world), "ddp": digest_of_steps(ddp, world)}
+    with deterministic():
+        found |= captured_ddp(world, wrapped)
     images, pids = batch(ddp.cfg, world, 3)
     if world.device.type == "cuda":
         torch.cuda.synchronize()
@@ -108,6 +114,23 @@ def one_rank(world):
     one_step(ddp, images, pids)
     if world.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def captured_ddp(world, wrapped):
+    """Digests after steps under DDP, plain and as a CUDA graph with its collectives."""
+    text = "TRAIN.PRECISION bf16 TRAIN.OPTIMIZER.LR 0.0009765625 TRAIN.CUDA_GRAPH on"
+    found = {}
+    for name in ("plain_ddp", "captured_ddp"):
+        with beside(world.device):
+            t = trainer(world, text, wrap=wrapped)
+        step = partial(train_step, t.net, t.objective, t.parts.optimizer, t.parts.scaler)
+        if name == "captured_ddp":
+            images, pids = batch(t.cfg, world, 0)
+            step, _ = capture(step, t.parts.scaler, images.clone(), pids.clone())
+        for number in range(3):
+            step(*batch(t.cfg, world, number))
+        found[name] = digest(state_of(t)["model"])
     return found
 
 

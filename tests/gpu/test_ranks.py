@@ -51,6 +51,7 @@ def test_nccl_with_one_rank(device, tmp_path):
     """Every kind of collective, and steps under DDP: the bits of steps without it, and nothing that waits."""
     [found] = run_job("one_rank", 1, tmp_path)
     assert found["ddp"] == found["plain"]
+    assert found["captured_ddp"] == found["plain_ddp"]
 
 
 @needs_gpu
