@@ -110,7 +110,7 @@ def _watch_nccl() -> None:
     thread uses that minute. If it cannot (another thread keeps Python's lock), SIGABRT still comes: nothing hangs.
 
     The alternatives are worse. TORCH_NCCL_ASYNC_ERROR_HANDLING=2 aborts the communicators alone: the copy returns, and
-    the step goes on with whatever is in the buffers. 0 waits for ever. TORCH_NCCL_BLOCKING_WAIT=1 raises in the host's
+    the step continues with whatever is in the buffers. 0 waits forever. TORCH_NCCL_BLOCKING_WAIT=1 raises in the host's
     thread, but makes the host wait for every collective. TORCH_NCCL_PROPAGATE_ERROR=1 has each rank ask one store ten
     times a second, and every rank notices a timeout by itself anyway.
     """

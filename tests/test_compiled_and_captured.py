@@ -166,7 +166,7 @@ def disagree():
     """On each of two ranks, of which the second cannot capture."""
     from reid_dist.captured import agree_on_capture
 
-    agree_on_capture("")  # nobody has a problem: training goes on
+    agree_on_capture("")  # no rank has a problem
     try:
         agree_on_capture("an operation waits" if ranks.world.rank == 1 else "")
     except UserError:

@@ -91,7 +91,7 @@ def state_of(t: Trainer) -> dict[str, Any]:
 
 @contextmanager
 def deterministic():
-    """What TRAIN.DETERMINISTIC stands for, until the end of the block."""
+    """The settings of TRAIN.DETERMINISTIC on, until the end of the block."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
